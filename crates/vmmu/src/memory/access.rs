@@ -1,0 +1,117 @@
+//! Software access to a guest's frames: atomic, because the guest's processors access them at the same time.
+//!
+//! A plain reference to memory that a guest writes would be undefined behaviour; this is the only door.
+//! Invariant: a [`GuestPage`] exists only inside a section that was rechecked against the invalidation
+//! sequence after its announcement (PROTOCOLS 4), one page at a time.
+
+use crate::addr::PAGE_BYTES;
+use crate::tlb::reader::Walking;
+use core::marker::PhantomData;
+use core::ptr::NonNull;
+use core::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering::Relaxed};
+
+/// One 4 KiB frame of guest memory, for as long as the section `'s` lasts.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct GuestPage<'s> {
+    at: NonNull<u8>,
+    _section: PhantomData<&'s ()>,
+}
+
+impl<'s> GuestPage<'s> {
+    /// The frame mapped at `at`.
+    ///
+    /// # Safety
+    /// `at` must be what [`crate::Host::frame_ptr`] gave for a frame that the VM owned when `section`, already
+    /// announced, was rechecked.
+    pub(crate) unsafe fn new(at: NonNull<u8>, _section: &'s Walking<'_>) -> Self {
+        Self { at, _section: PhantomData }
+    }
+
+    /// Reads from `offset` on. An aligned word of 8 bytes is read at once.
+    pub(crate) fn read(self, offset: usize, into: &mut [u8]) {
+        assert!(offset + into.len() <= PAGE_BYTES as usize, "{} bytes at {offset} of a page", into.len());
+        let mut done = 0;
+        while done < into.len() {
+            let at = offset + done;
+            if at % 8 == 0 && into.len() - done >= 8 {
+                into[done..done + 8].copy_from_slice(&self.u64(at).load(Relaxed).to_le_bytes());
+                done += 8;
+            } else {
+                into[done] = self.u8(at).load(Relaxed);
+                done += 1;
+            }
+        }
+    }
+
+    /// Writes from `offset` on. An aligned word of 8 bytes is written at once.
+    pub(crate) fn write(self, offset: usize, from: &[u8]) {
+        assert!(offset + from.len() <= PAGE_BYTES as usize, "{} bytes at {offset} of a page", from.len());
+        let mut done = 0;
+        while done < from.len() {
+            let at = offset + done;
+            match from[done..].first_chunk::<8>() {
+                Some(word) if at % 8 == 0 => {
+                    self.u64(at).store(u64::from_le_bytes(*word), Relaxed);
+                    done += 8;
+                }
+                _ => {
+                    self.u8(at).store(from[done], Relaxed);
+                    done += 1;
+                }
+            }
+        }
+    }
+
+    /// One aligned 4-byte entry of a guest's table.
+    pub(crate) fn load_u32(self, offset: usize) -> u32 {
+        assert!(offset % 4 == 0 && offset < PAGE_BYTES as usize, "a 4-byte entry at {offset} of a page");
+        // SAFETY: aligned and inside the frame, which is mapped while the section lasts (contract of `new`).
+        unsafe { self.at.add(offset).cast::<AtomicU32>().as_ref() }.load(Relaxed)
+    }
+
+    /// One aligned 8-byte entry of a guest's table.
+    pub(crate) fn load_u64(self, offset: usize) -> u64 {
+        assert!(offset % 8 == 0 && offset < PAGE_BYTES as usize, "an 8-byte entry at {offset} of a page");
+        self.u64(offset).load(Relaxed)
+    }
+
+    fn u8(self, offset: usize) -> &'s AtomicU8 {
+        // SAFETY: the callers keep `offset` inside the frame, which is mapped while the section lasts.
+        unsafe { self.at.add(offset).cast::<AtomicU8>().as_ref() }
+    }
+    fn u64(self, offset: usize) -> &'s AtomicU64 {
+        // SAFETY: the callers keep `offset` inside the frame and a multiple of 8; frames are page-aligned.
+        unsafe { self.at.add(offset).cast::<AtomicU64>().as_ref() }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::tlb::Tlb;
+    use proptest::prelude::*;
+
+    #[repr(align(4096))]
+    struct Frame([u8; 4096]);
+
+    proptest! {
+        /// Any stretch of a page reads back what was written, and nothing beside it changes.
+        #[test]
+        fn reads_what_was_written(offset in 0usize..4096, bytes in proptest::collection::vec(any::<u8>(), 0..64)) {
+            let bytes = &bytes[..bytes.len().min(4096 - offset)];
+            let mut frame = std::boxed::Box::new(Frame([0xA5; 4096]));
+            let tlb = Tlb::new();
+            let line = tlb.readers.take(None);
+            let section = line.walk(&tlb);
+            // SAFETY: the test owns the frame.
+            let page = unsafe { GuestPage::new(NonNull::from(&mut frame.0).cast(), &section) };
+            page.write(offset, bytes);
+            let mut back = std::vec![0; bytes.len()];
+            page.read(offset, &mut back);
+            prop_assert_eq!(&back, bytes);
+            let mut all = [0; 4096];
+            page.read(0, &mut all);
+            prop_assert!(all[..offset].iter().chain(&all[offset + bytes.len()..]).all(|b| *b == 0xA5));
+        }
+    }
+}

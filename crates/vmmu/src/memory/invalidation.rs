@@ -1,0 +1,130 @@
+//! The invalidation sequence: which guest frames are being taken away by the host, and how a fault in flight
+//! notices (M66–M73, PROTOCOLS 4).
+//!
+//! Invariants: the range only grows until no invalidation is open; an end raises the sequence before it lowers
+//! the count, and a recheck reads the count (with the range) before the sequence, so no fault can miss both.
+
+use crate::addr::{Gfn, GfnRange};
+use crate::sync::{AtomicU64, Ordering};
+use crate::tlb::lock::{Exclusive, Writer};
+use Ordering::{Acquire, Relaxed, Release};
+
+/// The state of a VM's invalidations, alone in its cache line: faults only read it.
+#[derive(Debug)]
+#[repr(align(64))]
+pub(crate) struct InvalidationSequence {
+    open: AtomicU64,
+    start: AtomicU64,
+    end: AtomicU64,
+    sequence: AtomicU64,
+    /// The generation in which the oldest open one began, for the statistics.
+    since: AtomicU64,
+}
+
+/// The sequence as it was before a page was resolved.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) struct Snapshot(u64);
+
+impl InvalidationSequence {
+    pub(crate) const fn new() -> Self {
+        Self {
+            open: AtomicU64::new(0),
+            start: AtomicU64::new(0),
+            end: AtomicU64::new(0),
+            sequence: AtomicU64::new(0),
+            since: AtomicU64::new(0),
+        }
+    }
+
+    /// Taken before slots, attributes and backing are looked at (M72).
+    #[inline(always)]
+    pub(crate) fn snapshot(&self) -> Snapshot {
+        Snapshot(self.sequence.load(Acquire))
+    }
+
+    /// Whether what was resolved after `snapshot` still stands: asked after the announcement (M71). Errs only
+    /// towards "no".
+    #[inline(always)]
+    pub(crate) fn is_current(&self, gfn: Gfn, snapshot: Snapshot) -> bool {
+        if self.open.load(Acquire) != 0 {
+            let (start, end) = (self.start.load(Acquire), self.end.load(Acquire));
+            if start <= gfn.raw() && gfn.raw() < end {
+                return false;
+            }
+        }
+        self.sequence.load(Acquire) == snapshot.0
+    }
+
+    /// Invalidations that are open.
+    pub(crate) fn open(&self) -> u64 {
+        self.open.load(Acquire)
+    }
+
+    /// The generation in which the first of the open ones began, if any is.
+    pub(crate) fn open_since(&self) -> Option<u64> {
+        if self.open() == 0 { None } else { Some(self.since.load(Relaxed)) }
+    }
+
+    /// Opens one: the range first, then the count, under the Exclusive that zaps and before the zap.
+    pub(crate) fn begin(&self, _exclusive: &Exclusive<'_>, range: GfnRange, generation: u64) {
+        let open = self.open.load(Relaxed);
+        let pending = if open == 0 {
+            self.since.store(generation, Relaxed);
+            range
+        } else {
+            let start = Gfn::new(self.start.load(Relaxed));
+            GfnRange::new(start, Gfn::new(self.end.load(Relaxed))).unwrap_or(GfnRange::ALL).hull(range)
+        };
+        self.start.store(pending.start().raw(), Release);
+        self.end.store(pending.end().raw(), Release);
+        self.open.store(open + 1, Release);
+    }
+
+    /// Closes one: the sequence first, then the count.
+    pub(crate) fn end(&self, _writer: &Writer<'_>) {
+        let open = self.open.load(Relaxed);
+        assert!(open != 0, "an invalidation ended that never began");
+        self.sequence.store(self.sequence.load(Relaxed) + 1, Release);
+        self.open.store(open - 1, Release);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::QuietHost;
+    use crate::tlb::Tlb;
+
+    fn range(start: u64, end: u64) -> GfnRange {
+        GfnRange::new(Gfn::new(start), Gfn::new(end)).expect("ordered")
+    }
+
+    /// M71, M73: faults in the range of an open invalidation retry; so does every fault whose snapshot is older
+    /// than an end; the range does not shrink while any is open (bug scenario 2).
+    #[test]
+    fn faults_in_flight_notice() {
+        let (tlb, host) = (Tlb::new(), QuietHost::new());
+        let line = tlb.readers.take(None);
+        let sequence = InvalidationSequence::new();
+        let old = sequence.snapshot();
+        {
+            let exclusive = tlb.lock.exclusive(&tlb, line, &host);
+            sequence.begin(&exclusive, range(10, 20), 1);
+        }
+        assert!(!sequence.is_current(Gfn::new(10), old));
+        assert!(sequence.is_current(Gfn::new(20), old), "outside the range nothing changed yet");
+        {
+            let exclusive = tlb.lock.exclusive(&tlb, line, &host);
+            sequence.begin(&exclusive, range(15, 30), 2);
+        }
+        sequence.end(&tlb.lock.writer());
+        let new = sequence.snapshot();
+        assert!(!sequence.is_current(Gfn::new(40), old), "an end outdates every older snapshot");
+        assert!(!sequence.is_current(Gfn::new(12), new), "the range has not shrunk");
+        assert_eq!(sequence.open_since(), Some(1));
+        sequence.end(&tlb.lock.writer());
+        assert!(!sequence.is_current(Gfn::new(12), new));
+        assert!(sequence.is_current(Gfn::new(12), sequence.snapshot()));
+        assert_eq!(sequence.open_since(), None);
+    }
+}

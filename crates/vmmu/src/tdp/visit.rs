@@ -1,0 +1,103 @@
+//! Every entry of every root, in order: what the audit and the users' views are made of; and the end of a VM,
+//! when every table page goes back.
+//!
+//! Read-only but for `free_all`. Invariant: runs under Exclusive (or with the engine to itself), so tables
+//! stay as they are but for accessed and dirty bits.
+
+use super::root::Root;
+use super::{Env, Tdp};
+use crate::addr::{Gfn, Hpa, Level};
+use crate::arch::entry::{Entry, Format, Raw};
+use crate::host::Host;
+use crate::memory::AddressSpace;
+use crate::table::page::TablePage;
+use crate::tlb::lock::Exclusive;
+use crate::tlb::reader::Line;
+use crate::tlb::reclaim::PageList;
+
+/// One entry as the visit meets it; a link comes before the entries below it.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Visit {
+    pub(crate) space: AddressSpace,
+    pub(crate) root_is_valid: bool,
+    /// The page in which the entry lies.
+    pub(crate) page: Hpa,
+    pub(crate) level: Level,
+    pub(crate) gfn: Gfn,
+    pub(crate) raw: Raw,
+    pub(crate) entry: Entry,
+}
+
+impl<F: Format> Tdp<F> {
+    /// Shows every entry that is not empty.
+    pub(crate) fn for_each_entry<H: Host>(
+        &self,
+        env: Env<'_, H>,
+        exclusive: &Exclusive<'_>,
+        mut show: impl FnMut(Visit),
+    ) {
+        for root in self.roots.all().iter() {
+            let page = env.tables().page(root.page, exclusive);
+            self.visit(env, exclusive, root, page, Gfn::new(0), self.format.root_level(), &mut show);
+        }
+    }
+
+    #[allow(clippy::too_many_arguments)] // a recursion's constants
+    fn visit<'e, H: Host>(
+        &self,
+        env: Env<'e, H>,
+        exclusive: &'e Exclusive<'_>,
+        root: &Root,
+        page: TablePage<'e>,
+        base: Gfn,
+        level: Level,
+        show: &mut impl FnMut(Visit),
+    ) {
+        for (index, cell) in page.entries().enumerate() {
+            let raw = cell.load();
+            let entry = self.format.decode(raw, level);
+            if entry == Entry::Empty {
+                continue;
+            }
+            let gfn = base.offset(index as u64 * level.pages());
+            show(Visit {
+                space: root.space,
+                root_is_valid: root.is_valid(),
+                page: page.at(),
+                level,
+                gfn,
+                raw,
+                entry,
+            });
+            if let (Entry::Link(table), Some(below)) = (entry, level.below())
+                && env.tables().owns(table)
+            {
+                let child = env.tables().page(table, exclusive);
+                self.visit(env, exclusive, root, child, gfn, below, show);
+            }
+        }
+    }
+
+    /// Frees every table of a root, and the root's page, when no reader and no processor is left.
+    pub(crate) fn free_all<H: Host>(&self, env: Env<'_, H>, line: &Line, root: &Root) {
+        let tables = env.tables();
+        let section = line.walk(env.tlb);
+        let mut pending = PageList::new();
+        let mut done = PageList::new();
+        tables.describe(root.page, Gfn::new(0), self.format.root_level());
+        pending.push(&tables, root.page);
+        while let Some(page) = pending.pop(&tables) {
+            let (_, level) = tables.description(page);
+            if let Some(level) = level.filter(|level| *level > Level::L1) {
+                for cell in tables.page(page, &section).entries() {
+                    if let Entry::Link(child) = self.format.decode(cell.load(), level) {
+                        tables.unlinked();
+                        pending.push(&tables, child);
+                    }
+                }
+            }
+            done.push(&tables, page);
+        }
+        tables.free_list(done);
+    }
+}

@@ -1,0 +1,299 @@
+//! Tags: the ASIDs or VPIDs of one physical processor, and the notes of what was flushed under them
+//! (PROTOCOLS 3).
+//!
+//! A [`PhysCpu`] is private to its processor and shared by all VMs that run there. Invariants: a note is
+//! written only by an entry that ran, and holds the generation published at that entry; a tag is never given
+//! to a second owner before a wrap, and the flush of everything that a wrap owes stays owed until an entry
+//! that carried it ran.
+
+use crate::sync::{AtomicU64, Ordering};
+use alloc::boxed::Box;
+use alloc::vec;
+use core::marker::PhantomData;
+
+/// Notes kept for one processor. Two tags that share a place cost the one that lost it a fresh tag.
+const NOTES: usize = 1024;
+/// Guest-physical notes kept for one processor.
+const ROOT_NOTES: usize = 64;
+
+/// A number that nothing else in this program has: names roots and processors in notes.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) struct Identity(u64);
+
+impl Identity {
+    pub(crate) fn new() -> Self {
+        static NEXT: AtomicU64 = AtomicU64::new(1);
+        Self(NEXT.fetch_add(1, Ordering::Relaxed))
+    }
+    pub(crate) fn number(self) -> u64 {
+        self.0
+    }
+}
+
+/// What the tags of a processor are, and which flushes it offers.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[non_exhaustive]
+pub struct TagSet {
+    /// The lowest tag that guests may have; 0 is the host's own.
+    pub first: u32,
+    /// How many there are from `first` on; at least 1.
+    pub count: u32,
+    /// Whether one tag can be flushed alone (SVM: FlushByASID; VMX: single-context INVVPID). Where not, a
+    /// fresh tag serves instead.
+    pub flush_by_tag: bool,
+    /// Whether guest-physical mappings are cached apart from tags, as under EPT: then a fresh tag drops none
+    /// of them, and entries say when INVEPT is due.
+    pub tagged_by_root: bool,
+}
+
+impl TagSet {
+    /// The address space identifiers of SVM (AMD64 manual volume 2, section 15.16): 1 to `limit` − 1, where
+    /// `limit` is CPUID `0x8000_000A` EBX. A limit below 2 is taken for 2.
+    pub const fn asids(limit: u32, flush_by_asid: bool) -> Self {
+        let count = if limit < 2 { 1 } else { limit - 1 };
+        Self { first: 1, count, flush_by_tag: flush_by_asid, tagged_by_root: false }
+    }
+    /// The virtual processor identifiers of VMX: 1 to 65535.
+    pub const fn vpids(single_context: bool) -> Self {
+        Self { first: 1, count: 0xFFFF, flush_by_tag: single_context, tagged_by_root: true }
+    }
+    /// The same with only `count` tags: so that wraps are common in tests.
+    #[must_use]
+    pub const fn limited_to(mut self, count: u32) -> Self {
+        self.count = if count == 0 { 1 } else if count < self.count { count } else { self.count };
+        self
+    }
+}
+
+/// What an entry must flush by tag.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub enum EntryFlush {
+    /// Nothing (SVM: `TLB_CONTROL` 0).
+    None,
+    /// The translations of the entry's own tag (SVM: `TLB_CONTROL` 3).
+    Tag,
+    /// Everything under every tag (SVM: `TLB_CONTROL` 1).
+    All,
+}
+
+/// Whose translations a tag holds: a vCPU in a root. Roots are numbered across VMs, so this names the VM too.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) struct Owner {
+    pub(crate) vcpu: u32,
+    pub(crate) root: Identity,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Note {
+    tag: u32,
+    vcpu: u32,
+    root: u64,
+    generation: u64,
+}
+
+impl Note {
+    /// Names no tag: 0 is the host's.
+    const NONE: Self = Self { tag: 0, vcpu: 0, root: 0, generation: 0 };
+}
+
+/// Where and under which tag a vCPU last ran.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) struct LastRun {
+    cpu: Identity,
+    tag: u32,
+}
+
+/// What an entry loads and flushes, chosen by [`PhysCpu::choose`].
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) struct Choice {
+    pub(crate) tag: u32,
+    pub(crate) flush: EntryFlush,
+    pub(crate) guest_physical: bool,
+}
+
+/// The tags and notes of one logical processor: make one for each, and pass it to every entry there. It is
+/// bound to its processor, so it cannot be sent to another thread.
+#[derive(Debug)]
+pub struct PhysCpu {
+    identity: Identity,
+    tags: TagSet,
+    next: u32,
+    flush_all_owed: bool,
+    notes: Box<[Note]>,
+    root_notes: Box<[(u64, u64)]>,
+    _not_send: PhantomData<*const ()>,
+}
+
+impl PhysCpu {
+    /// A processor on which no guest ran since its last flush of everything: the first entry carries one.
+    pub fn new(tags: TagSet) -> Self {
+        let notes = NOTES.min(tags.count.next_power_of_two() as usize);
+        Self {
+            identity: Identity::new(),
+            tags,
+            next: tags.first,
+            flush_all_owed: true,
+            notes: vec![Note::NONE; notes].into_boxed_slice(),
+            root_notes: vec![(0, 0); if tags.tagged_by_root { ROOT_NOTES } else { 0 }].into_boxed_slice(),
+            _not_send: PhantomData,
+        }
+    }
+
+    #[inline(always)]
+    fn place(&self, tag: u32) -> usize {
+        tag as usize & (self.notes.len() - 1)
+    }
+
+    #[inline(always)]
+    fn root_place(&self, root: Identity) -> usize {
+        #[allow(clippy::cast_possible_truncation)] // masked
+        let place = root.number() as usize & (ROOT_NOTES - 1);
+        place
+    }
+
+    /// Chooses the tag and the flush for an entry of `owner`, which published `generation` and last ran at
+    /// `last`. Moves the tag counter, writes no note.
+    #[inline]
+    pub(crate) fn choose(&mut self, owner: Owner, last: Option<LastRun>, generation: u64) -> Choice {
+        let guest_physical = self.tags.tagged_by_root && {
+            let (root, flushed) = self.root_notes[self.root_place(owner.root)];
+            root != owner.root.number() || flushed < generation
+        };
+        if let Some(last) = last
+            && last.cpu == self.identity
+        {
+            let note = &self.notes[self.place(last.tag)];
+            if note.tag == last.tag && note.root == owner.root.number() && note.vcpu == owner.vcpu {
+                let old = note.generation < generation;
+                if !old || self.tags.flush_by_tag {
+                    let flush = match (self.flush_all_owed, old) {
+                        (true, _) => EntryFlush::All,
+                        (false, true) => EntryFlush::Tag,
+                        (false, false) => EntryFlush::None,
+                    };
+                    return Choice { tag: last.tag, flush, guest_physical };
+                }
+            }
+        }
+        let tag = self.fresh();
+        let flush = if self.flush_all_owed { EntryFlush::All } else { EntryFlush::None };
+        Choice { tag, flush, guest_physical }
+    }
+
+    fn fresh(&mut self) -> u32 {
+        if self.next - self.tags.first == self.tags.count {
+            self.next = self.tags.first;
+            self.notes.fill(Note::NONE);
+            self.flush_all_owed = true;
+        }
+        let tag = self.next;
+        self.next += 1;
+        tag
+    }
+
+    /// Notes that an entry with `choice` ran.
+    #[inline]
+    pub(crate) fn ran(&mut self, owner: Owner, choice: Choice, generation: u64) -> LastRun {
+        if choice.flush == EntryFlush::All {
+            self.flush_all_owed = false;
+        }
+        let place = self.place(choice.tag);
+        self.notes[place] = Note { tag: choice.tag, vcpu: owner.vcpu, root: owner.root.number(), generation };
+        if choice.guest_physical {
+            let place = self.root_place(owner.root);
+            self.root_notes[place] = (owner.root.number(), generation);
+        }
+        LastRun { cpu: self.identity, tag: choice.tag }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn owner(vcpu: u32) -> Owner {
+        Owner { vcpu, root: Identity::new() }
+    }
+
+    /// PROTOCOLS 3: the first entry anywhere flushes everything; then the note decides.
+    #[test]
+    fn the_note_decides() {
+        let mut cpu = PhysCpu::new(TagSet::asids(16, true));
+        let me = owner(0);
+        let first = cpu.choose(me, None, 1);
+        assert_eq!(first.flush, EntryFlush::All);
+        let last = Some(cpu.ran(me, first, 1));
+        assert_eq!(cpu.choose(me, last, 1), Choice { flush: EntryFlush::None, ..first });
+        let flushed = cpu.choose(me, last, 2);
+        assert_eq!(flushed, Choice { flush: EntryFlush::Tag, ..first });
+        // It did not run: the flush is still due.
+        assert_eq!(cpu.choose(me, last, 2), flushed);
+        cpu.ran(me, flushed, 2);
+        assert_eq!(cpu.choose(me, last, 2).flush, EntryFlush::None);
+    }
+
+    /// Without a flush by tag, a fresh tag is the flush.
+    #[test]
+    fn a_fresh_tag_replaces_the_flush_by_tag() {
+        let mut cpu = PhysCpu::new(TagSet::asids(16, false));
+        let me = owner(0);
+        let first = cpu.choose(me, None, 1);
+        let last = Some(cpu.ran(me, first, 1));
+        let second = cpu.choose(me, last, 2);
+        assert_ne!(second.tag, first.tag);
+        assert_eq!(second.flush, EntryFlush::None);
+    }
+
+    /// Another processor, another root and another vCPU all mean a fresh tag.
+    #[test]
+    fn trust_ends_with_processor_root_and_vcpu() {
+        let (mut here, mut there) =
+            (PhysCpu::new(TagSet::asids(16, true)), PhysCpu::new(TagSet::asids(16, true)));
+        let me = owner(0);
+        let first = here.choose(me, None, 1);
+        let last = Some(here.ran(me, first, 1));
+        let moved = there.choose(me, last, 1);
+        assert_eq!(moved.flush, EntryFlush::All);
+        for other in [Owner { vcpu: 1, ..me }, Owner { vcpu: 0, root: Identity::new() }] {
+            assert_ne!(here.choose(other, last, 1).tag, first.tag);
+        }
+        // Back after a run elsewhere: the vCPU's record names the other processor.
+        let last = Some(there.ran(me, moved, 1));
+        assert_ne!(here.choose(me, last, 1).tag, first.tag);
+    }
+
+    /// A wrap drops every note, and its flush stays owed until an entry that carried it ran.
+    #[test]
+    fn a_wrap_owes_a_flush_of_all_until_an_entry_ran() {
+        let mut cpu = PhysCpu::new(TagSet::asids(3, true));
+        let (a, b, c) = (owner(0), owner(1), owner(2));
+        let choice = cpu.choose(a, None, 1);
+        let last_a = Some(cpu.ran(a, choice, 1));
+        let choice = cpu.choose(b, None, 1);
+        cpu.ran(b, choice, 1);
+        let wrapped = cpu.choose(c, None, 1);
+        assert_eq!((wrapped.tag, wrapped.flush), (1, EntryFlush::All));
+        // That entry was dropped. The next one still carries the flush, and nobody trusts an old note.
+        let again = cpu.choose(a, last_a, 1);
+        assert_eq!((again.tag, again.flush), (2, EntryFlush::All));
+        cpu.ran(a, again, 1);
+        assert_eq!(cpu.choose(c, None, 1).flush, EntryFlush::All, "this one wraps again");
+    }
+
+    /// PROTOCOLS 3: under EPT a fresh VPID drops no guest-physical mapping; only the root's own note does.
+    #[test]
+    fn guest_physical_mappings_have_notes_of_their_own() {
+        let mut cpu = PhysCpu::new(TagSet::vpids(true));
+        let root = Identity::new();
+        let (a, b) = (Owner { vcpu: 0, root }, Owner { vcpu: 1, root });
+        let first = cpu.choose(a, None, 5);
+        assert!(first.guest_physical);
+        cpu.ran(a, first, 5);
+        // Whoever ran: the other vCPU of the same root finds it flushed, by tag it is new.
+        let second = cpu.choose(b, None, 5);
+        assert!(!second.guest_physical);
+        assert!(cpu.choose(b, None, 6).guest_physical);
+        // By identity: another root, even in the same page, has no note.
+        assert!(cpu.choose(owner(0), None, 5).guest_physical);
+    }
+}

@@ -1,0 +1,177 @@
+//! Guest memory by guest-physical address: reads and writes by software, for vCPUs and for other threads
+//! (M118, PROTOCOLS 4).
+//!
+//! Each page is used in a section of its own: announce, snapshot the sequence, find the slot, resolve, recheck,
+//! access. Invariants: at most one page a section; nothing is held while a backing waits.
+
+use super::Vcpu;
+use crate::addr::{Gpa, PAGE_BYTES};
+use crate::arch::entry::Format;
+use crate::error::Error;
+use crate::host::{Host, ResolveError, ResolveRequest, Resolved};
+use crate::memory::AddressSpace;
+use crate::memory::access::GuestPage;
+use crate::memory::invalidation::Snapshot;
+use crate::memory::slots::{Hint, SlotGeneration};
+use crate::vm::OwnLine;
+use core::fmt;
+
+/// Guest memory for a thread that is no vCPU.
+pub struct Reader<H: Host> {
+    own: OwnLine<H>,
+    hint: Hint,
+}
+
+impl<H: Host> Reader<H> {
+    pub(crate) fn new(own: OwnLine<H>) -> Self {
+        Self { own, hint: Hint::default() }
+    }
+
+    /// Reads from the ordinary address space; see [`Vcpu::read`].
+    pub fn read(&mut self, gpa: Gpa, into: &mut [u8]) -> Result<(), Error> {
+        read(&self.own, &mut self.hint, AddressSpace::NORMAL, gpa, into)
+    }
+
+    /// Writes to the ordinary address space; see [`Vcpu::write`].
+    pub fn write(&mut self, gpa: Gpa, from: &[u8]) -> Result<(), Error> {
+        write(&self.own, &mut self.hint, AddressSpace::NORMAL, gpa, from)
+    }
+}
+
+impl<H: Host> fmt::Debug for Reader<H> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Reader").field("line", &self.own).finish_non_exhaustive()
+    }
+}
+
+impl<H: Host> Vcpu<H> {
+    /// Reads guest memory. Aligned words of 8 bytes are read at once.
+    ///
+    /// # Errors
+    /// [`Error::NoSlot`] and the backing's errors; the pages before the one that failed were read.
+    pub fn read(&mut self, gpa: Gpa, into: &mut [u8]) -> Result<(), Error> {
+        self.close_forgotten();
+        read(&self.own, &mut self.hint, self.space, gpa, into)
+    }
+
+    /// Writes guest memory. Aligned words of 8 bytes are written at once.
+    ///
+    /// # Errors
+    /// [`Error::NoSlot`], [`Error::ReadOnly`] and the backing's errors; the pages before the one that failed
+    /// were written.
+    pub fn write(&mut self, gpa: Gpa, from: &[u8]) -> Result<(), Error> {
+        self.close_forgotten();
+        write(&self.own, &mut self.hint, self.space, gpa, from)
+    }
+}
+
+/// The part of an access that lies in one page: its address, its offset in the page, and its bytes.
+fn pages(gpa: Gpa, bytes: usize) -> Result<impl Iterator<Item = (Gpa, core::ops::Range<usize>)>, Error> {
+    if gpa.checked_add(bytes as u64).is_none() {
+        return Err(Error::Wrap { gpa, bytes: bytes as u64 });
+    }
+    let mut done = 0;
+    Ok(core::iter::from_fn(move || {
+        if done == bytes {
+            return None;
+        }
+        let at = Gpa::new(gpa.raw() + done as u64);
+        #[allow(clippy::cast_possible_truncation)] // at most a page
+        let room = (PAGE_BYTES - at.page_offset()) as usize;
+        let range = done..bytes.min(done + room);
+        done = range.end;
+        Some((at, range))
+    }))
+}
+
+fn read<H: Host>(
+    own: &OwnLine<H>,
+    hint: &mut Hint,
+    space: AddressSpace,
+    gpa: Gpa,
+    into: &mut [u8],
+) -> Result<(), Error> {
+    for (at, range) in pages(gpa, into.len())? {
+        with_page(own, hint, space, at, false, |page, offset| page.read(offset, &mut into[range.clone()]))?;
+    }
+    Ok(())
+}
+
+fn write<H: Host>(
+    own: &OwnLine<H>,
+    hint: &mut Hint,
+    space: AddressSpace,
+    gpa: Gpa,
+    from: &[u8],
+) -> Result<(), Error> {
+    for (at, range) in pages(gpa, from.len())? {
+        with_page(own, hint, space, at, true, |page, offset| page.write(offset, &from[range.clone()]))?;
+    }
+    Ok(())
+}
+
+/// Calls `access` with the page that holds `gpa` and the offset in it.
+pub(super) fn with_page<H: Host, R>(
+    own: &OwnLine<H>,
+    hint: &mut Hint,
+    space: AddressSpace,
+    gpa: Gpa,
+    write: bool,
+    mut access: impl FnMut(GuestPage<'_>, usize) -> R,
+) -> Result<R, Error> {
+    let (inner, line) = (own.inner(), own.line());
+    inner.alive()?;
+    let gfn = gpa.gfn();
+    if gfn > inner.tdp.format.max_gfn() {
+        return Err(Error::NoSlot { gpa });
+    }
+    let mut answer: Option<(Resolved, Snapshot, SlotGeneration)> = None;
+    loop {
+        let (walking, section) = line.walk_with_slots(&inner.tlb);
+        let set = inner.slots.read(space, &section);
+        let generation = set.generation();
+        let snapshot = inner.sequence.snapshot();
+        let slot = set.find(gfn, hint).ok_or(Error::NoSlot { gpa })?;
+        if slot.changing {
+            drop((section, walking));
+            inner.host.relax();
+            continue;
+        }
+        if write && slot.is_read_only() {
+            return Err(Error::ReadOnly { gpa });
+        }
+        let (resolved, snapshot, generation) = match answer.take() {
+            Some(answer) => answer,
+            None => match slot.backing.resolve(slot.page(gfn), ResolveRequest::new(write, false)) {
+                Ok(resolved) => (resolved, snapshot, generation),
+                Err(ResolveError::WouldWait) => {
+                    let slot = slot.clone();
+                    drop((section, walking));
+                    let resolved = slot
+                        .backing
+                        .resolve(slot.page(gfn), ResolveRequest::new(write, true))
+                        .map_err(|why| Error::Backing { gfn, why })?;
+                    answer = Some((resolved, snapshot, generation));
+                    continue;
+                }
+                Err(why) => return Err(Error::Backing { gfn, why }),
+            },
+        };
+        if write && !resolved.writable {
+            return Err(Error::ReadOnly { gpa });
+        }
+        let current = inner.sequence.is_current(gfn, snapshot)
+            && inner.slots.read(space, &section).generation() == generation;
+        if !current {
+            drop((section, walking));
+            inner.host.relax();
+            continue;
+        }
+        let at = inner.host.frame_ptr(resolved.pfn).ok_or(Error::Unreachable { gfn, pfn: resolved.pfn })?;
+        // SAFETY: the frame was resolved for a slot that is published now, and neither an open invalidation nor one
+        // that ended since the snapshot covers it: rechecked just above, in the announced section.
+        let page = unsafe { GuestPage::new(at, &walking) };
+        #[allow(clippy::cast_possible_truncation)] // below 4096
+        return Ok(access(page, gpa.page_offset() as usize));
+    }
+}

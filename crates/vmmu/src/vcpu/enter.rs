@@ -1,0 +1,141 @@
+//! Entering and leaving the guest: what to load, what to flush, and the line that shootdowns look at
+//! (PROTOCOLS 3, T161).
+//!
+//! Invariants: everything that locks or allocates happens in `prepare`, while *out*; between *in guest* and
+//! *out* nothing does. An entry that is dropped did not run and flushed nothing; one that is forgotten is
+//! taken to have run, with nothing known of it.
+
+use super::Vcpu;
+use crate::addr::Hpa;
+use crate::error::Error;
+use crate::host::Host;
+use crate::sync::full_fence;
+use crate::tlb::tag::{Choice, EntryFlush, Owner, PhysCpu};
+use core::fmt;
+
+/// Something came up between preparation and entry: prepare again.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Again;
+
+impl fmt::Display for Again {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a request came in before the entry; prepare the vCPU again")
+    }
+}
+
+impl core::error::Error for Again {}
+
+/// An entry into the guest: load what it says, run the guest, and call [`Entry::ran`] first thing after the
+/// exit, on the same processor, before any lock, interrupt or schedule. Dropped instead, it did not run.
+#[must_use = "an entry that is dropped did not run"]
+pub struct Entry<'a, H: Host> {
+    vcpu: &'a mut Vcpu<H>,
+    cpu: &'a mut PhysCpu,
+    owner: Owner,
+    choice: Choice,
+    generation: u64,
+    root: Hpa,
+}
+
+impl<H: Host> Vcpu<H> {
+    /// Gets the vCPU ready to enter: serves requests and makes sure of a root. May lock, allocate and wait, so
+    /// call it with interrupts on and nothing held.
+    pub fn prepare(&mut self) -> Result<(), Error> {
+        self.close_forgotten();
+        self.own.inner().alive()?;
+        // Cleared before anything is served (PROTOCOLS 3). Both requests are served by what follows: obsolete
+        // roots are replaced, and the exit has happened.
+        self.own.line().take_requests();
+        self.ensure_root()
+    }
+
+    /// Enters, on the processor of `cpu`, with interrupts off from before this call until the guest runs.
+    ///
+    /// # Errors
+    /// [`Again`] where something came up since the last [`Vcpu::prepare`].
+    #[inline]
+    pub fn enter<'a>(&'a mut self, cpu: &'a mut PhysCpu) -> Result<Entry<'a, H>, Again> {
+        self.close_forgotten();
+        let inner = self.own.inner();
+        let line = self.own.line();
+        let Some(root) = &self.root else { return Err(Again) };
+        line.announce_guest(root.page);
+        full_fence();
+        let generation = inner.tlb.generation.now();
+        if line.publish_guest(generation) || !root.is_valid() {
+            line.leave_guest();
+            return Err(Again);
+        }
+        let owner = Owner { vcpu: self.id.number(), root: root.identity };
+        let choice = cpu.choose(owner, self.last, generation);
+        let root = root.page;
+        self.entered = true;
+        Ok(Entry { vcpu: self, cpu, owner, choice, generation, root })
+    }
+
+    /// Closes an entry that was forgotten: it may have run, under a tag of which nothing is known now.
+    #[inline(always)]
+    pub(super) fn close_forgotten(&mut self) {
+        if self.entered {
+            self.entered = false;
+            self.last = None;
+            self.own.line().leave_guest();
+        }
+    }
+}
+
+impl<H: Host> Entry<'_, H> {
+    /// The root table: the nested page table base to load.
+    #[inline(always)]
+    pub fn root(&self) -> Hpa {
+        self.root
+    }
+    /// The tag (ASID or VPID) to load.
+    #[inline(always)]
+    pub fn tag(&self) -> u32 {
+        self.choice.tag
+    }
+    /// What to flush by tag with the entry.
+    #[inline(always)]
+    pub fn flush(&self) -> EntryFlush {
+        self.choice.flush
+    }
+    /// Whether the root's guest-physical mappings are to be flushed before the entry (single-context INVEPT).
+    /// Never where tags cover them.
+    #[inline(always)]
+    pub fn flush_guest_physical(&self) -> bool {
+        self.choice.guest_physical
+    }
+    /// The guest ran, with what the entry said, and has exited.
+    #[inline(always)]
+    pub fn ran(self) {
+        let this = core::mem::ManuallyDrop::new(self);
+        // SAFETY: `this` is never dropped or used again, so both references are moved out once.
+        let (vcpu, cpu) = unsafe { (core::ptr::read(&this.vcpu), core::ptr::read(&this.cpu)) };
+        let counters = &vcpu.own.line().counters;
+        match this.choice.flush {
+            EntryFlush::None => {}
+            EntryFlush::Tag | EntryFlush::All => counters.tlb_flush.add(1),
+        }
+        vcpu.last = Some(cpu.ran(this.owner, this.choice, this.generation));
+        vcpu.entered = false;
+        vcpu.own.line().leave_guest();
+    }
+}
+
+impl<H: Host> Drop for Entry<'_, H> {
+    fn drop(&mut self) {
+        self.vcpu.entered = false;
+        self.vcpu.own.line().leave_guest();
+    }
+}
+
+impl<H: Host> fmt::Debug for Entry<'_, H> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Entry")
+            .field("root", &self.root)
+            .field("choice", &self.choice)
+            .field("generation", &self.generation)
+            .finish_non_exhaustive()
+    }
+}

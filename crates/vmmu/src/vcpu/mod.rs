@@ -1,0 +1,147 @@
+//! The vCPU: the object whose owner enters the guest, hands in its faults, and reads the guest's memory.
+//!
+//! | room | holds |
+//! |---|---|
+//! | `enter` | preparation, entry, exit: roots, tags, the line *in guest* |
+//! | `fault` | the way of a fault, from the exit to the outcome |
+//! | `access` | guest memory by guest-physical address, for vCPUs and other threads |
+//! | `translate` | guest-virtual addresses by the guest's own tables |
+//!
+//! A vCPU is moved between threads freely and used by one at a time. Invariant: outside a call, its line is
+//! *out* or *in guest*.
+
+pub(crate) mod access;
+pub(crate) mod enter;
+pub(crate) mod fault;
+//TMP pub(crate) mod translate;
+
+pub use access::Reader;
+pub use enter::{Again, Entry};
+pub use fault::{MemoryFault, MmioAccess, Outcome};
+//TMP pub use translate::TranslateError;
+
+use crate::arch::entry::Format;
+//TMP use crate::arch::paging::PagingState;
+use crate::error::Error;
+use crate::host::{Host, VcpuId};
+use crate::memory::AddressSpace;
+use crate::memory::slots::Hint;
+use crate::table::cache::Cache;
+use crate::tdp::root::Root;
+use crate::tlb::tag::LastRun;
+use crate::vm::OwnLine;
+use alloc::sync::Arc;
+use core::fmt;
+
+/// A virtual processor.
+pub struct Vcpu<H: Host> {
+    own: OwnLine<H>,
+    id: VcpuId,
+    space: AddressSpace,
+    root: Option<Arc<Root>>,
+    /// Where and under which tag it last ran; what a note may be trusted by.
+    last: Option<LastRun>,
+    /// An entry was made and neither ran nor was dropped.
+    entered: bool,
+    cache: Cache,
+    hint: Hint,
+//TMP     paging: PagingState,
+}
+
+impl<H: Host> Vcpu<H> {
+    pub(crate) fn new(own: OwnLine<H>, id: VcpuId) -> Self {
+        Self {
+            own,
+            id,
+            space: AddressSpace::NORMAL,
+            root: None,
+            last: None,
+            entered: false,
+            cache: Cache::default(),
+            hint: Hint::default(),
+//TMP             paging: PagingState::default(),
+        }
+    }
+
+    /// The vCPU's number.
+    pub fn id(&self) -> VcpuId {
+        self.id
+    }
+
+    /// Chooses the address space that the guest sees from now on: system management mode's, or the ordinary
+    /// one (T69).
+    ///
+    /// # Errors
+    /// [`Error::Config`] where the VM has only one.
+    pub fn set_address_space(&mut self, space: AddressSpace) -> Result<(), Error> {
+        self.close_forgotten();
+        let spaces = self.own.inner().slots.spaces();
+        if space.number() >= spaces {
+            return Err(crate::error::ConfigError::AddressSpaces(spaces).into());
+        }
+        if self.space != space {
+            self.space = space;
+            self.root = None;
+        }
+        Ok(())
+    }
+
+    /// Fills the cache of prepared tables; where the VM's limit is met, waits for retired ones first
+    /// (PROTOCOLS 4). Called with nothing held.
+    #[cold]
+    fn top_up(&mut self) -> Result<(), Error> {
+        let inner = self.own.inner();
+        inner.collect();
+        loop {
+            match self.cache.top_up(&inner.tables(), &inner.tdp.format) {
+                Ok(()) => return Ok(()),
+                Err(_) if inner.reclaim.waiting() != 0 => inner.wait_for_grace(self.own.line()),
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
+    /// Makes sure that the vCPU has a valid root (T64, T68).
+    fn ensure_root(&mut self) -> Result<(), Error> {
+        if self.root.as_ref().is_some_and(|root| root.is_valid()) {
+            return Ok(());
+        }
+        self.root = None;
+        if !self.cache.suffices() {
+            self.top_up()?;
+        }
+        let inner = self.own.inner();
+        if let Some(root) = inner.tdp.roots.find(self.space) {
+            self.root = Some(root);
+            return Ok(());
+        }
+        // The cache suffices, so there is a page.
+        let Some(page) = self.cache.take() else { return Err(Error::OutOfMemory) };
+        inner.tables().describe(page.page().at(), crate::addr::Gfn::new(0), inner.tdp.format.root_level());
+        let (root, unused) = inner.tdp.roots.insert(self.space, page);
+        if let Some(page) = unused {
+            self.cache.put_back(page);
+        } else {
+            inner.host.trace(crate::trace::Event::RootMade { space: self.space });
+        }
+        self.root = Some(root);
+        Ok(())
+    }
+}
+
+impl<H: Host> Drop for Vcpu<H> {
+    fn drop(&mut self) {
+        self.close_forgotten();
+        self.cache.release(&self.own.inner().tables());
+    }
+}
+
+impl<H: Host> fmt::Debug for Vcpu<H> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Vcpu")
+            .field("id", &self.id)
+            .field("line", &self.own)
+            .field("root", &self.root)
+            .finish_non_exhaustive()
+    }
+}

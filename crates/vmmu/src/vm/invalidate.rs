@@ -1,0 +1,187 @@
+//! Taking translations away: for the host (`invalidate`), for everything (`zap_all`), and what becomes of
+//! unlinked tables (PROTOCOLS 3 and 4).
+//!
+//! Invariants: an operation that returns has awaited the shootdown, and, where memory changes hands, every
+//! section announced before it; nothing is awaited under Shared or Exclusive but a shootdown.
+
+use super::{Inner, OwnLine, Vm};
+use crate::addr::GfnRange;
+use crate::error::Error;
+use crate::host::Host;
+use crate::sync::order;
+use crate::tdp::zap::{EmptyTables, Removed};
+use crate::tlb::reader::{Line, Request, State};
+use crate::tlb::reclaim::PageList;
+use crate::trace::Event;
+use core::fmt;
+
+/// Retired tables above which vCPUs that hold up their reuse are kicked.
+const WATERMARK: u64 = 256;
+
+/// An open invalidation: until it is dropped, no translation of its range is made. The backing may be changed
+/// while it is held, and the frames reused.
+///
+/// While it is held, nothing that changes slots may be called by the same thread (checked in debug builds).
+/// One that is leaked stops the faults of its range for ever; [`crate::Stats::invalidation_age`] tells.
+#[must_use = "dropping it at once ends the invalidation"]
+pub struct Invalidation<'vm, H: Host> {
+    inner: &'vm Inner<H>,
+    range: GfnRange,
+}
+
+impl<H: Host> Invalidation<'_, H> {
+    /// The guest frames.
+    pub fn range(&self) -> GfnRange {
+        self.range
+    }
+}
+
+impl<H: Host> Drop for Invalidation<'_, H> {
+    fn drop(&mut self) {
+        self.inner.sequence.end(&self.inner.tlb.lock.writer());
+        order::invalidation(false);
+    }
+}
+
+impl<H: Host> fmt::Debug for Invalidation<'_, H> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Invalidation").field("range", &self.range).finish_non_exhaustive()
+    }
+}
+
+impl<H: Host> Vm<H> {
+    /// Takes the guest frames of `range` away from the guest and from the library. When this returns, no
+    /// processor uses a translation of them, no software access to their memory is under way, and none begins
+    /// before the guard is dropped: change what stands behind them, then drop it (M66–M73).
+    pub fn invalidate(&self, range: GfnRange) -> Result<Invalidation<'_, H>, Error> {
+        let inner = &*self.inner;
+        inner.alive()?;
+        let own = self.own_line();
+        let line = own.line();
+        let mut removed = Removed::new(&inner.tlb);
+        let mut left = Some(range);
+        let mut begun = false;
+        while let Some(piece) = left {
+            let exclusive = inner.tlb.lock.exclusive(&inner.tlb, line, &inner.host);
+            if !begun {
+                inner.sequence.begin(&exclusive, range, inner.tlb.generation.now());
+                begun = true;
+            }
+            left = inner
+                .tdp
+                .unmap(inner.env(), &exclusive, piece, EmptyTables::Keep, &mut removed)
+                .and_then(|at| GfnRange::new(at, range.end()));
+        }
+        // Also where nothing was mapped: a software walk may hold a frame that no entry maps.
+        let (pages, debt) = removed.into_parts();
+        debt.paid_by_what_follows();
+        let generation = inner.tlb.shootdown(line, &inner.host);
+        inner.reclaim.retire(&inner.tables(), pages, generation);
+        inner.tlb.settle(line, &inner.host, generation);
+        order::invalidation(true);
+        inner.host.trace(Event::Invalidated { range });
+        Ok(Invalidation { inner, range })
+    }
+
+    /// Removes every translation of every address space; faults make them anew. Returns when all are gone and
+    /// no processor can use one (T102).
+    pub fn zap_all(&self) -> Result<(), Error> {
+        self.inner.alive()?;
+        self.inner.zap_all_roots(&self.own_line());
+        Ok(())
+    }
+}
+
+impl<H: Host> Inner<H> {
+    /// Invalidates all roots, waits until no processor is in one, and removes their entries.
+    pub(crate) fn zap_all_roots(&self, own: &OwnLine<H>) {
+        let line = own.line();
+        {
+            let exclusive = self.tlb.lock.exclusive(&self.tlb, line, &self.host);
+            self.tdp.roots.invalidate_all(&exclusive);
+            for reader in self.tlb.readers.iter().filter(|reader| reader.vcpu().is_some()) {
+                reader.post(Request::FreeObsoleteRoots);
+            }
+        }
+        let generation = self.tlb.shootdown(line, &self.host);
+        self.host.trace(Event::RootsInvalidated);
+        while let Some(root) = self.tdp.roots.claim() {
+            loop {
+                let mut removed = Removed::new(&self.tlb);
+                let shared = self.tlb.lock.shared(&self.tlb, line, &self.host);
+                let done = self.tdp.zap_invalid(self.env(), &shared, &root, &mut removed);
+                drop(shared);
+                self.retire_excused(removed);
+                if done {
+                    break;
+                }
+            }
+            self.tdp.roots.remove(&root);
+            let mut page = PageList::new();
+            page.push(&self.tables(), root.page);
+            self.reclaim.retire(&self.tables(), page, self.tlb.generation.advance());
+            self.host.trace(Event::RootZapped { space: root.space });
+        }
+        // Others may still be zapping roots that this call invalidated.
+        while self.tdp.roots.any_invalid() {
+            self.host.relax();
+        }
+        self.tlb.settle(line, &self.host, generation);
+        self.collect();
+    }
+
+    /// Retires what was removed from an invalid root: its shootdown came before the unlink, so the generation is
+    /// one of its own (PROTOCOLS 4).
+    fn retire_excused(&self, removed: Removed<'_>) {
+        let (pages, debt) = removed.into_parts();
+        debt.paid_by_what_follows();
+        if pages.count() != 0 {
+            self.reclaim.retire(&self.tables(), pages, self.tlb.generation.advance());
+        }
+    }
+
+    /// Pays for and retires what a change by a fault removed. May be called under Shared.
+    pub(crate) fn settle_removed(&self, line: &Line, removed: Removed<'_>) {
+        let (pages, debt) = removed.into_parts();
+        let generation = debt.pay(line, &self.host);
+        if pages.count() != 0 {
+            let generation = generation.unwrap_or_else(|| self.tlb.generation.advance());
+            self.reclaim.retire(&self.tables(), pages, generation);
+        }
+    }
+
+    /// Frees the retired tables whose grace has passed; above a watermark, kicks the vCPUs that hold up the
+    /// others.
+    pub(crate) fn collect(&self) {
+        let ready = self.reclaim.take(&self.tables(), || self.tlb.horizon());
+        self.tables().free_list(ready);
+        if self.reclaim.waiting() > WATERMARK {
+            self.kick_laggards();
+        }
+    }
+
+    /// Waits, holding nothing, until the table that was retired first has passed its grace, and frees it.
+    pub(crate) fn wait_for_grace(&self, line: &Line) {
+        assert!(line.is_out(), "grace awaited from inside a section: {line:?}");
+        if let Some(oldest) = self.reclaim.oldest(&self.tables()) {
+            self.kick_laggards();
+            while self.tlb.horizon() < oldest {
+                self.host.relax();
+            }
+        }
+        self.collect();
+    }
+
+    fn kick_laggards(&self) {
+        let Some(oldest) = self.reclaim.oldest(&self.tables()) else { return };
+        for line in self.tlb.readers.iter() {
+            let announced = line.announcement();
+            if announced.state() == State::InGuest
+                && announced.is_older_than(oldest)
+                && let Some(vcpu) = line.vcpu()
+            {
+                self.host.kick(vcpu);
+            }
+        }
+    }
+}

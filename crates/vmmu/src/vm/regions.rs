@@ -1,0 +1,73 @@
+//! Slots as operations: what a request does to the slot set, and then to the translations (M6, M21–M25).
+//!
+//! Invariants: a change is published and its readers awaited, under the slots mutex alone, before it acts on
+//! entries (PROTOCOLS 5); a backing is let go only after the shootdown and after every section announced
+//! before it (PROTOCOLS 4).
+
+use super::{Inner, OwnLine, Vm};
+use crate::error::Error;
+use crate::host::Host;
+use crate::memory::slot::Slot;
+use crate::memory::slots::{Change, SlotsWriter};
+use crate::memory::{Region, SlotId};
+use crate::trace::Event;
+use alloc::sync::Arc;
+
+impl<H: Host> Vm<H> {
+    /// Adds slot `id`, or moves it, or changes its flags; the same again changes nothing (M6).
+    ///
+    /// A move drops every translation of the old place before anything appears in the new one. The length,
+    /// the backing and whether the slot is read-only cannot change: delete it first.
+    ///
+    /// # Errors
+    /// [`Error::Slot`] with what is invalid; the VM is then as it was.
+    pub fn set_region(&self, id: SlotId, region: Region) -> Result<(), Error> {
+        let inner = &*self.inner;
+        inner.alive()?;
+        let own = self.own_line();
+        let mut writer = inner.slots.write();
+        match writer.plan(id, region)? {
+            Change::Nothing => return Ok(()),
+            Change::Create(slot) | Change::Flags(slot) => inner.publish(&own, &mut writer, id, Some(slot)),
+            Change::Move { from, to } => {
+                inner.withdraw(&own, &mut writer, &from);
+                inner.publish(&own, &mut writer, id, Some(to));
+            }
+        }
+        inner.host.trace(Event::SlotChanged { id });
+        Ok(())
+    }
+
+    /// Deletes slot `id`. When this returns, no translation leads to its memory, no processor can use one, and
+    /// the library has let go of its backing.
+    ///
+    /// # Errors
+    /// [`Error::Slot`] where there is no such slot.
+    pub fn delete_region(&self, id: SlotId) -> Result<(), Error> {
+        let inner = &*self.inner;
+        inner.alive()?;
+        let own = self.own_line();
+        let mut writer = inner.slots.write();
+        let slot = writer.existing(id)?;
+        inner.withdraw(&own, &mut writer, &slot);
+        inner.publish(&own, &mut writer, id, None);
+        inner.host.trace(Event::SlotChanged { id });
+        Ok(())
+    }
+}
+
+impl<H: Host> Inner<H> {
+    /// Publishes `slot` as `id`, or nothing, and waits for the readers of what was there. Where the bits kept
+    /// by MMIO entries start over, every root is zapped before the mark is cleared (T51).
+    fn publish(&self, own: &OwnLine<H>, writer: &mut SlotsWriter<'_>, id: SlotId, slot: Option<Arc<Slot>>) {
+        writer.publish(&self.tlb, &self.host, id, slot, || self.zap_all_roots(own));
+    }
+
+    /// The first two phases of a delete or a move (M21): faults in the slot retry from now on, and its
+    /// translations are gone (T105: by replacing all roots, whose cost does not grow with the slot).
+    fn withdraw(&self, own: &OwnLine<H>, writer: &mut SlotsWriter<'_>, slot: &Slot) {
+        let changing = Slot { changing: true, ..slot.clone() };
+        self.publish(own, writer, slot.id, Some(Arc::new(changing)));
+        self.zap_all_roots(own);
+    }
+}
