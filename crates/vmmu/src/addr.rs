@@ -180,7 +180,6 @@ impl Level {
     }
     /// The index in a table of this level of the entry that covers `gfn`.
     #[inline(always)]
-    #[allow(clippy::cast_possible_truncation)] // masked to nine bits
     pub const fn index(self, gfn: Gfn) -> usize {
         ((gfn.0 >> (9 * (self.0 as u32 - 1))) & (ENTRIES as u64 - 1)) as usize
     }

@@ -9,15 +9,17 @@ use crate::addr::{Gfn, GfnRange, Hpa, Level, PageSize, Pfn};
 use crate::arch::entry::{Entry, Format, Leaf, Raw, Writable};
 use crate::error::Error;
 use crate::host::{Host, ResolveRequest};
-use crate::memory::slots::SlotsWriter;
+use crate::memory::slots::{Hint, SlotsWriter};
 use crate::memory::{AddressSpace, SlotId};
 use crate::stats::Stats;
 use crate::table::arena::BLOCK_TABLES;
 use crate::tdp::visit::Visit;
+use crate::tlb::reader::State;
 use crate::vm::{Inner, Vm};
 use alloc::collections::BTreeSet;
 use alloc::vec::Vec;
 use core::fmt;
+use core::ops::ControlFlow;
 
 /// What an audit found in order.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -121,13 +123,8 @@ impl<H: Host> Vm<H> {
         let writer = inner.slots.write();
         let mut report = AuditReport { slots: slots(inner, &writer)?, ..AuditReport::default() };
         let exclusive = inner.tlb.lock.exclusive(&inner.tlb, own.line(), &inner.host);
-        let mut audit = Audit {
-            inner,
-            writer: &writer,
-            report: &mut report,
-            seen: BTreeSet::new(),
-            error: None,
-        };
+        let mut audit =
+            Audit { inner, writer: &writer, report: &mut report, seen: BTreeSet::new(), error: None };
         inner.tdp.for_each_entry(inner.env(), &exclusive, |visit| audit.check(visit));
         if let Some(error) = audit.error.take() {
             return Err(error);
@@ -164,7 +161,11 @@ fn slots<H: Host>(inner: &Inner<H>, writer: &SlotsWriter<'_>) -> Result<u64, Aud
             count += 1;
         }
         if set.generation().in_progress() {
-            return Err(AuditError::Count { what: "M-inv 2: generations in progress", counted: 1, booked: 0 });
+            return Err(AuditError::Count {
+                what: "M-inv 2: generations in progress",
+                counted: 1,
+                booked: 0,
+            });
         }
     }
     Ok(count)
@@ -197,10 +198,9 @@ struct Audit<'a, H: Host> {
 }
 
 impl<H: Host> Audit<'_, H> {
-    fn check(&mut self, visit: Visit) {
-        if self.error.is_none() {
-            self.error = self.entry(visit).err();
-        }
+    fn check(&mut self, visit: Visit) -> ControlFlow<()> {
+        self.error = self.entry(visit).err();
+        if self.error.is_some() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
     }
 
     fn entry(&mut self, visit: Visit) -> Result<(), AuditError> {
@@ -223,7 +223,7 @@ impl<H: Host> Audit<'_, H> {
                 }
                 let set = self.writer.set(visit.space);
                 let current = mmio.generation == set.generation().for_mmio();
-                if current && visit.root_is_valid && set.find(visit.gfn, &mut Default::default()).is_some() {
+                if current && visit.root_is_valid && set.find(visit.gfn, &mut Hint::default()).is_some() {
                     return wrong("T-inv 16: a current MMIO entry covers no slot");
                 }
                 Ok(())
@@ -235,7 +235,10 @@ impl<H: Host> Audit<'_, H> {
     fn link(&mut self, visit: Visit, table: Hpa) -> Result<(), AuditError> {
         let tables = self.inner.tables();
         if !tables.owns(table) {
-            return Err(AuditError::Table { invariant: "T-inv 2: a link leads to a table of this VM", at: table });
+            return Err(AuditError::Table {
+                invariant: "T-inv 2: a link leads to a table of this VM",
+                at: table,
+            });
         }
         if !self.seen.insert(table.raw()) {
             return Err(AuditError::Table { invariant: "T-inv 1: a table hangs from one link", at: table });
@@ -248,7 +251,12 @@ impl<H: Host> Audit<'_, H> {
         }
         if self.inner.tdp.format.encode(Entry::Link(table), visit.level) != visit.raw {
             let Visit { gfn, level, raw: Raw(raw), .. } = visit;
-            return Err(AuditError::Entry { invariant: "T-inv 24: links have full permissions", gfn, level, raw });
+            return Err(AuditError::Entry {
+                invariant: "T-inv 24: links have full permissions",
+                gfn,
+                level,
+                raw,
+            });
         }
         self.report.tables += 1;
         Ok(())
@@ -271,7 +279,7 @@ impl<H: Host> Audit<'_, H> {
             return wrong("T-inv 7: one of the four legal combinations, and no stray bit");
         }
         let set = self.writer.set(visit.space);
-        let Some(slot) = set.find(visit.gfn, &mut Default::default()) else {
+        let Some(slot) = set.find(visit.gfn, &mut Hint::default()) else {
             return wrong("T-inv 11: a leaf lies inside a slot");
         };
         let block = GfnRange::block(visit.gfn, visit.level);
@@ -285,8 +293,7 @@ impl<H: Host> Audit<'_, H> {
             return wrong("T-inv 12: no writable leaf in a read-only slot");
         }
         if self.inner.sequence.open() == 0
-            && let Ok(backed) =
-                slot.backing.resolve(slot.page(visit.gfn), ResolveRequest::new(false, false))
+            && let Ok(backed) = slot.backing.resolve(slot.page(visit.gfn), ResolveRequest::new(false, false))
         {
             if backed.pfn != leaf.pfn {
                 let (gfn, mapped) = (visit.gfn, leaf.pfn);
@@ -302,7 +309,7 @@ impl<H: Host> Audit<'_, H> {
         Ok(())
     }
 
-    /// T-inv 18 and 19: valid roots have distinct roles.
+    /// T-inv 18 and 19: valid roots have distinct roles; processors are in live ones.
     fn roots(&mut self) -> Result<(), AuditError> {
         let list = self.inner.tdp.roots.all();
         self.report.roots = list.len() as u64;
@@ -319,6 +326,22 @@ impl<H: Host> Audit<'_, H> {
                     });
                 }
                 spaces.push(root.space);
+            }
+        }
+        for line in self.inner.tlb.readers.iter() {
+            // Between its announcement and its look at the root, a vCPU may name one that is gone; then it leaves.
+            let gone = |root: Hpa| !list.iter().any(|known| known.page == root);
+            let seen = line.announcement();
+            let mut patience = 1_000_000;
+            while line.announcement() == seen && seen.state() == State::InGuest && gone(line.root()) {
+                patience -= 1;
+                if patience == 0 {
+                    return Err(AuditError::Table {
+                        invariant: "T-inv 19: a vCPU in the guest is in a live root",
+                        at: line.root(),
+                    });
+                }
+                self.inner.host.relax();
             }
         }
         Ok(())

@@ -189,7 +189,9 @@ impl fmt::Display for Error {
             Self::Backing { gfn, why } => write!(f, "guest frame {gfn}: {why}"),
             Self::NoSlot { gpa } => write!(f, "no slot holds guest-physical address {gpa}"),
             Self::ReadOnly { gpa } => write!(f, "guest-physical address {gpa} is read-only"),
-            Self::SlotChanging { gfn } => write!(f, "the slot of guest frame {gfn} is being deleted or moved"),
+            Self::SlotChanging { gfn } => {
+                write!(f, "the slot of guest frame {gfn} is being deleted or moved")
+            }
             Self::Unreachable { gfn, pfn } => {
                 write!(f, "the host cannot reach frame {pfn} behind guest frame {gfn}")
             }
@@ -313,7 +315,9 @@ impl fmt::Display for Bug {
             Self::IllegalTransition { gfn, level, old, new } => {
                 write!(f, "guest frame {gfn} ({level:?}): entry {old:#x} became {new:#x}")
             }
-            Self::UnpaidFlush { range } => write!(f, "a flush owed for guest frames {range:?} was never paid"),
+            Self::UnpaidFlush { range } => {
+                write!(f, "a flush owed for guest frames {range:?} was never paid")
+            }
             Self::ForeignTable { at } => write!(f, "a link to {at}, which is no table of this VM"),
         }
     }

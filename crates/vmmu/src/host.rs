@@ -267,7 +267,6 @@ unsafe impl Backing for Scattered {
         match usize::try_from(page / 512).ok().and_then(|block| self.blocks.get(block)) {
             Some(Block::Whole(first)) => Ok(Resolved::new(first.offset(within), PageSize::Size2M, true)),
             Some(Block::Pages { first, count }) if within < *count as u64 => {
-                #[allow(clippy::cast_possible_truncation)] // below 512
                 let pfn = self.pages[first + within as usize];
                 Ok(Resolved::new(pfn, PageSize::Size4K, true))
             }
@@ -283,8 +282,11 @@ mod tests {
     #[test]
     fn scattered_finds_each_page() {
         let single: Vec<Pfn> = (0..512).map(|n| Pfn::new(7000 + n * 3)).collect();
-        let backing =
-            Scattered::builder().huge(Pfn::new(512)).pages(&single).pages(&[Pfn::new(9), Pfn::new(5)]).build();
+        let backing = Scattered::builder()
+            .huge(Pfn::new(512))
+            .pages(&single)
+            .pages(&[Pfn::new(9), Pfn::new(5)])
+            .build();
         let request = ResolveRequest::new(true, false);
         assert_eq!(backing.pages(), 1026);
         assert_eq!(backing.resolve(3, request), Ok(Resolved::new(Pfn::new(515), PageSize::Size2M, true)));

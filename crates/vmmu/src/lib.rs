@@ -7,10 +7,14 @@ extern crate alloc;
 #[cfg(any(feature = "std", test))]
 extern crate std;
 
+// Frame numbers index tables in memory.
+const _: () = assert!(usize::BITS == 64, "x86-64 hosts only");
+
 pub mod addr;
 pub mod arch;
 mod audit;
 pub mod error;
+pub mod guest;
 pub mod host;
 mod memory;
 mod stats;
@@ -26,8 +30,10 @@ mod vm;
 
 pub use addr::{Gfn, GfnRange, Gpa, Gva, Hpa, Level, PageSize, Pfn};
 pub use arch::fault::Fault;
+pub use arch::paging::{Access, GuestFault, PagingState};
 pub use audit::{AuditError, AuditReport};
 pub use error::{Bug, ConfigError, Error, SlotError};
+pub use guest::{FetchError, Translation, WalkError};
 pub use host::{Backing, Contiguous, Host, ResolveError, ResolveRequest, Resolved, Scattered, VcpuId};
 pub use memory::{AddressSpace, Region, RegionFlags, SlotId};
 pub use stats::Stats;

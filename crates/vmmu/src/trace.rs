@@ -3,7 +3,7 @@
 //! Pure data. A host that does not implement the method pays nothing: the calls compile away.
 
 use crate::addr::{Gfn, GfnRange, Gpa, PageSize, Pfn};
-use crate::arch::entry::Access;
+use crate::arch::entry::NestedAccess;
 use crate::memory::{AddressSpace, SlotId};
 
 /// One thing that happened.
@@ -15,7 +15,7 @@ pub enum Event {
         /// Where.
         gpa: Gpa,
         /// What it wanted.
-        access: Access,
+        access: NestedAccess,
     },
     /// A leaf was installed or upgraded.
     LeafSet {

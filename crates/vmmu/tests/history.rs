@@ -8,8 +8,8 @@ use common::{ChangingBacking, Handle, Page, Random, TestHost};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use vmmu::{
-    Backing, Config, Contiguous, Error, Fault, Gfn, GfnRange, Gpa, Level, Outcome, PageSize, Pfn, PhysCpu, Region, RegionFlags,
-    SlotError, SlotId, TableFormat, TagSet, Vcpu, Vm,
+    Backing, Config, Contiguous, Error, Fault, Gfn, GfnRange, Gpa, Level, Outcome, PageSize, Pfn, PhysCpu,
+    Region, RegionFlags, SlotError, SlotId, TableFormat, TagSet, Vcpu, Vm,
 };
 
 /// Guest frames that histories use: 4 GiB, so that 1 GiB pages occur.
@@ -126,7 +126,7 @@ impl World {
                     Some(slot) => {
                         let (gfn, pages) = (slot.gfn, slot.pages.min(2048));
                         gfn + self.random.below(pages)
-                    },
+                    }
                     None => self.random.below(GUEST_PAGES),
                 }
             }

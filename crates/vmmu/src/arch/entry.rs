@@ -1,7 +1,7 @@
 //! The decoded entry of a second-stage table, and the trait that every hardware format implements.
 //!
 //! Three views of one entry: the raw word that memory holds ([`Raw`]), the decoded value ([`Entry`]), and the
-//! permission question ([`Access`]). Invariants: decoding and encoding are total and inverse to each other for
+//! permission question ([`NestedAccess`]). Invariants: decoding and encoding are total and inverse to each other for
 //! every value that the library writes; a leaf has one of the four legal combinations of its three write bits
 //! (T35).
 
@@ -21,14 +21,14 @@ impl fmt::Debug for Raw {
 
 /// What an access wants beyond reading.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default)]
-pub struct Access {
+pub struct NestedAccess {
     /// It writes.
     pub write: bool,
     /// It fetches an instruction.
     pub fetch: bool,
 }
 
-impl Access {
+impl NestedAccess {
     /// A load.
     pub const READ: Self = Self { write: false, fetch: false };
     /// A store.
@@ -69,7 +69,7 @@ pub struct Leaf {
 impl Leaf {
     /// Whether hardware lets `access` through.
     #[inline(always)]
-    pub fn allows(&self, access: Access) -> bool {
+    pub fn allows(&self, access: NestedAccess) -> bool {
         (!access.write || self.writable == Writable::Yes) && (!access.fetch || self.executable)
     }
 }

@@ -2,7 +2,7 @@
 //!
 //! Pure. Invariant: nobody else tests bits of an error code.
 
-use super::entry::Access;
+use super::entry::NestedAccess;
 use crate::addr::Gpa;
 use bitflags::bitflags;
 
@@ -54,8 +54,11 @@ impl Fault {
     }
     /// What the access wanted.
     #[inline(always)]
-    pub const fn access(&self) -> Access {
-        Access { write: self.code.contains(ErrorCode::WRITE), fetch: self.code.contains(ErrorCode::FETCH) }
+    pub const fn access(&self) -> NestedAccess {
+        NestedAccess {
+            write: self.code.contains(ErrorCode::WRITE),
+            fetch: self.code.contains(ErrorCode::FETCH),
+        }
     }
     /// Whether the hardware met a reserved bit, as it does in an MMIO entry. Some processors report such a
     /// fault without the present bit, so that is not asked for.
@@ -73,11 +76,11 @@ mod tests {
     #[test]
     fn npf_bits() {
         let fault = Fault::npf(Gpa::new(0x1234), 0x1_0000_0006);
-        assert_eq!(fault.access(), Access::WRITE);
+        assert_eq!(fault.access(), NestedAccess::WRITE);
         assert!(fault.code().contains(ErrorCode::FINAL | ErrorCode::USER));
         assert!(!fault.is_reserved());
         assert!(Fault::npf(Gpa::new(0), 0x1_0000_000D).is_reserved());
-        assert_eq!(Fault::npf(Gpa::new(0), 1 << 4).access(), Access::FETCH);
+        assert_eq!(Fault::npf(Gpa::new(0), 1 << 4).access(), NestedAccess::FETCH);
         assert_eq!(Fault::npf(Gpa::new(0), 1 << 48).code(), ErrorCode::empty());
     }
 }

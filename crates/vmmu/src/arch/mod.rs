@@ -5,9 +5,9 @@
 
 pub mod entry;
 pub mod fault;
-// pub mod legacy;
+pub mod legacy;
 pub mod npt;
-// pub mod paging;
+pub mod paging;
 
 pub use entry::{Entry, Format, Leaf, Mmio};
 pub use fault::Fault;

@@ -105,8 +105,8 @@ impl Format for Npt {
         if raw == EMPTY {
             Entry::Empty
         } else if raw & MMIO_RECOGNISE == PRESENT | MMIO_MARK {
-            #[allow(clippy::cast_possible_truncation)] // 19 bits
-            let generation = ((raw >> MMIO_LOW_SHIFT & MMIO_LOW) | (raw >> MMIO_HIGH_SHIFT & 0x7FF) << 8) as u32;
+            let generation =
+                ((raw >> MMIO_LOW_SHIFT & MMIO_LOW) | (raw >> MMIO_HIGH_SHIFT & 0x7FF) << 8) as u32;
             Entry::Mmio(Mmio {
                 gfn: Gfn::new((raw & MMIO_GFN) >> PAGE_SHIFT),
                 write: raw & WRITABLE != 0,
@@ -123,9 +123,7 @@ impl Format for Npt {
         Raw(match entry {
             Entry::Empty => EMPTY,
             Entry::Frozen => FROZEN,
-            Entry::Link(table) => {
-                table.raw() | PRESENT | WRITABLE | USER | ACCESSED | MMU_PRESENT
-            }
+            Entry::Link(table) => table.raw() | PRESENT | WRITABLE | USER | ACCESSED | MMU_PRESENT,
             Entry::Leaf(leaf) => {
                 let write = match leaf.writable {
                     Writable::No => 0,
@@ -206,12 +204,7 @@ mod tests {
         (any::<bool>(), 40u8..=51).prop_map(|(five, bits)| Npt::new(five, bits).expect("a legal width"))
     }
     fn writable() -> impl Strategy<Value = Writable> {
-        prop_oneof![
-            Just(Writable::No),
-            Just(Writable::Tracked),
-            Just(Writable::Logged),
-            Just(Writable::Yes)
-        ]
+        prop_oneof![Just(Writable::No), Just(Writable::Tracked), Just(Writable::Logged), Just(Writable::Yes)]
     }
     fn entry(level: Level) -> BoxedStrategy<Entry> {
         let leaf = (0u64..1 << 28, writable(), any::<[bool; 3]>()).prop_map(move |(n, writable, bits)| {

@@ -33,7 +33,7 @@ impl<'s> GuestPage<'s> {
         let mut done = 0;
         while done < into.len() {
             let at = offset + done;
-            if at % 8 == 0 && into.len() - done >= 8 {
+            if at.is_multiple_of(8) && into.len() - done >= 8 {
                 into[done..done + 8].copy_from_slice(&self.u64(at).load(Relaxed).to_le_bytes());
                 done += 8;
             } else {
@@ -50,7 +50,7 @@ impl<'s> GuestPage<'s> {
         while done < from.len() {
             let at = offset + done;
             match from[done..].first_chunk::<8>() {
-                Some(word) if at % 8 == 0 => {
+                Some(word) if at.is_multiple_of(8) => {
                     self.u64(at).store(u64::from_le_bytes(*word), Relaxed);
                     done += 8;
                 }
@@ -64,14 +64,20 @@ impl<'s> GuestPage<'s> {
 
     /// One aligned 4-byte entry of a guest's table.
     pub(crate) fn load_u32(self, offset: usize) -> u32 {
-        assert!(offset % 4 == 0 && offset < PAGE_BYTES as usize, "a 4-byte entry at {offset} of a page");
+        assert!(
+            offset.is_multiple_of(4) && offset < PAGE_BYTES as usize,
+            "a 4-byte entry at {offset} of a page"
+        );
         // SAFETY: aligned and inside the frame, which is mapped while the section lasts (contract of `new`).
         unsafe { self.at.add(offset).cast::<AtomicU32>().as_ref() }.load(Relaxed)
     }
 
     /// One aligned 8-byte entry of a guest's table.
     pub(crate) fn load_u64(self, offset: usize) -> u64 {
-        assert!(offset % 8 == 0 && offset < PAGE_BYTES as usize, "an 8-byte entry at {offset} of a page");
+        assert!(
+            offset.is_multiple_of(8) && offset < PAGE_BYTES as usize,
+            "an 8-byte entry at {offset} of a page"
+        );
         self.u64(offset).load(Relaxed)
     }
 

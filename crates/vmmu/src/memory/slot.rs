@@ -223,10 +223,7 @@ mod tests {
     #[test]
     fn names_are_validated() {
         assert_eq!(validate_id(SlotId::new(32_764), 1), Err(SlotError::Id(32_764)));
-        assert_eq!(
-            validate_id(SlotId::in_space(AddressSpace::SMM, 0), 1),
-            Err(SlotError::AddressSpace(1))
-        );
+        assert_eq!(validate_id(SlotId::in_space(AddressSpace::SMM, 0), 1), Err(SlotError::AddressSpace(1)));
         assert!(validate_id(SlotId::in_space(AddressSpace::SMM, 32_763), 2).is_ok());
     }
 
@@ -240,10 +237,13 @@ mod tests {
             backing: Arc::new(Contiguous::new(Pfn::new(0))),
             changing: false,
         };
-        let level =
-            |gfn: u64, pfn: u64, size| slot.leaf_level(Gfn::new(gfn), Pfn::new(pfn), size, Level::L3);
+        let level = |gfn: u64, pfn: u64, size| slot.leaf_level(Gfn::new(gfn), Pfn::new(pfn), size, Level::L3);
         assert_eq!(level(0x200, 0x200, PageSize::Size1G), Level::L2, "the slot starts inside the first GiB");
-        assert_eq!(level(0x180, 0x180, PageSize::Size1G), Level::L1, "the slot starts inside the first 2 MiB");
+        assert_eq!(
+            level(0x180, 0x180, PageSize::Size1G),
+            Level::L1,
+            "the slot starts inside the first 2 MiB"
+        );
         assert_eq!(level(0x40_200, 0x40_200, PageSize::Size1G), Level::L1, "and ends inside its last");
         assert_eq!(level(0x400, 0x601, PageSize::Size1G), Level::L1, "frames out of step");
         assert_eq!(level(0x400, 0x600, PageSize::Size1G), Level::L2);

@@ -35,7 +35,6 @@ impl SlotGeneration {
         self.0 & IN_PROGRESS != 0
     }
     /// The bits that an MMIO entry keeps (T48).
-    #[allow(clippy::cast_possible_truncation)] // 19 bits
     pub(crate) fn for_mmio(self) -> u32 {
         (self.0 & MMIO_GENERATION_MASK) as u32
     }
@@ -181,7 +180,10 @@ impl SlotsWriter<'_> {
 
     /// Pages of all slots.
     pub(crate) fn total_pages(&self) -> u64 {
-        (0..self.slots.spaces).flat_map(|space| self.set(AddressSpace(space)).iter()).map(|s| s.range.pages()).sum()
+        (0..self.slots.spaces)
+            .flat_map(|space| self.set(AddressSpace(space)).iter())
+            .map(|s| s.range.pages())
+            .sum()
     }
 
     /// What a request means, after every check (M3–M7). Changes nothing.
@@ -210,8 +212,15 @@ impl SlotsWriter<'_> {
         if let Some(other) = set.overlapping(range).find(|other| other.id != id) {
             return Err(SlotError::Overlaps(other.id));
         }
-        let slot =
-            |range| Arc::new(Slot { id, range, flags: region.flags, backing: region.backing.clone(), changing: false });
+        let slot = |range| {
+            Arc::new(Slot {
+                id,
+                range,
+                flags: region.flags,
+                backing: region.backing.clone(),
+                changing: false,
+            })
+        };
         Ok(match old {
             None => Change::Create(slot(range)),
             Some(old) if old.range != range => Change::Move { from: old.clone(), to: slot(range) },

@@ -52,10 +52,6 @@ impl FreePage {
     pub(crate) fn at(&self) -> Hpa {
         self.0
     }
-    /// A page from a list of pages that have passed their grace.
-    pub(super) fn from_list(page: Hpa) -> Self {
-        Self(page)
-    }
 }
 
 impl fmt::Debug for FreePage {
@@ -89,6 +85,12 @@ pub(crate) struct Tables<'a, H> {
     pub(crate) host: &'a H,
 }
 
+/// The block in which a page lies.
+#[inline(always)]
+fn block_of(page: Hpa) -> Hpa {
+    Hpa::new(page.raw() & !(BLOCK_BYTES - 1))
+}
+
 impl<H> Clone for Tables<'_, H> {
     fn clone(&self) -> Self {
         *self
@@ -117,16 +119,13 @@ impl<H: Host> Arena<H> {
     pub(crate) fn live(&self) -> u64 {
         self.live.load(Relaxed)
     }
-    pub(crate) fn limit(&self) -> u64 {
-        self.limit
-    }
 }
 
 impl<'a, H: Host> Tables<'a, H> {
     /// The record of a page of this arena.
     #[inline(always)]
     fn record(&self, page: Hpa) -> &'a Record {
-        let block = page.raw() & !(BLOCK_BYTES - 1);
+        let block = block_of(page).raw();
         let index = (page.raw() & (BLOCK_BYTES - 1)) / PAGE_BYTES;
         let at = self.host.table_ptr(Hpa::new(block + index * size_of::<Record>() as u64));
         // SAFETY: pages come from entries, lists and `alloc`, so `page` lies in a block of this arena, whose
@@ -135,16 +134,11 @@ impl<'a, H: Host> Tables<'a, H> {
         unsafe { at.cast::<Record>().as_ref() }
     }
 
-    #[inline(always)]
-    fn block(&self, page: Hpa) -> Hpa {
-        Hpa::new(page.raw() & !(BLOCK_BYTES - 1))
-    }
-
     /// Whether `page` is a table page of this arena, by its record. Only for pages that some entry names.
     pub(crate) fn owns(&self, page: Hpa) -> bool {
         page.is_page_aligned()
-            && self.block(page) != page
-            && self.record(self.block(page)).owner.load(Relaxed) == self.arena.identity
+            && block_of(page) != page
+            && self.record(block_of(page)).owner.load(Relaxed) == self.arena.identity
     }
 
     /// Takes a page, asking the host for a block where none is free. Takes leaf locks only.
@@ -187,7 +181,7 @@ impl<'a, H: Host> Tables<'a, H> {
 
     /// Gives a page back. Takes leaf locks only; may give a block back to the host afterwards.
     pub(crate) fn free(&self, page: FreePage) {
-        let block = self.block(page.0).raw();
+        let block = block_of(page.0).raw();
         let whole = {
             let mut pool = self.arena.pool.lock();
             let record = self.record(Hpa::new(block));
@@ -240,7 +234,8 @@ impl<'a, H: Host> Tables<'a, H> {
         );
         let records = self.host.table_ptr(block).cast::<Record>();
         for index in 0..BLOCK_PAGES {
-            let next = if index == 0 || index == BLOCK_TABLES { 0 } else { block.raw() + (index + 1) * PAGE_BYTES };
+            let next =
+                if index == 0 || index == BLOCK_TABLES { 0 } else { block.raw() + (index + 1) * PAGE_BYTES };
             let own = index == 0;
             let record = Record {
                 next: AtomicU64::new(next),
@@ -251,7 +246,6 @@ impl<'a, H: Host> Tables<'a, H> {
                 owner: AtomicU64::new(arena.identity),
                 _room: [0; 2],
             };
-            #[allow(clippy::cast_possible_truncation)] // below 64
             // SAFETY: the block was just handed out, so nobody else uses its first page, which has room for 64
             // records of 64 bytes and is aligned for them.
             unsafe {
@@ -317,14 +311,13 @@ impl<'a, H: Host> Tables<'a, H> {
     /// What [`Tables::describe`] noted.
     pub(crate) fn description(&self, page: Hpa) -> (Gfn, Option<Level>) {
         let record = self.record(page);
-        #[allow(clippy::cast_possible_truncation)] // a level
         let level = Level::new(record.level.load(Relaxed) as u8);
         (Gfn::new(record.gfn.load(Relaxed)), level)
     }
 
-    /// Counts tables linked below roots (T155).
+    /// Counts a table that was linked below a root (T155): the link owns it from now on.
     #[inline]
-    pub(crate) fn linked(&self) {
+    pub(crate) fn linked(&self, _page: FreePage) {
         self.arena.live.fetch_add(1, Relaxed);
     }
     /// Counts tables unlinked.
@@ -401,7 +394,9 @@ mod tests {
         assert_eq!(distinct.len(), 200);
         assert_eq!(arena.bytes(), 4 * BLOCK_BYTES);
         assert!(pages.iter().all(|p| tables.owns(p.at())));
-        pages.into_iter().for_each(|p| tables.free(p));
+        for page in pages {
+            tables.free(page);
+        }
         let (blocks, free) = tables.count_free();
         assert!(blocks <= 2 && free == blocks * BLOCK_TABLES, "{blocks} blocks with {free} free pages");
         tables.release_all();
@@ -416,7 +411,9 @@ mod tests {
         let pages: Vec<FreePage> = (0..BLOCK_TABLES).map(|_| tables.alloc().expect("memory")).collect();
         let error = tables.alloc().expect_err("the limit");
         assert_eq!(error, Error::MemoryLimit { limit: BLOCK_BYTES, used: BLOCK_BYTES });
-        pages.into_iter().for_each(|p| tables.free(p));
+        for page in pages {
+            tables.free(page);
+        }
         let again = tables.alloc().expect("a page was freed");
         tables.free(again);
         tables.release_all();

@@ -50,7 +50,11 @@ impl Cache {
 
     /// Fills the cache up to what one fault can need, and beyond it while that costs nothing but time.
     /// Called with nothing held.
-    pub(crate) fn top_up<H: Host, F: Format>(&mut self, tables: &Tables<'_, H>, format: &F) -> Result<(), Error> {
+    pub(crate) fn top_up<H: Host, F: Format>(
+        &mut self,
+        tables: &Tables<'_, H>,
+        format: &F,
+    ) -> Result<(), Error> {
         while !self.pages.is_full() {
             match tables.alloc() {
                 Ok(page) => self.pages.push(PreparedPage::new(tables, format, page)),

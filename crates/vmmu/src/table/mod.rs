@@ -6,6 +6,7 @@
 //! | `page` | a borrowed page and its atomic entries, reachable only inside a section |
 //! | `cache` | a vCPU's prepared pages, filled before any lock |
 //! | `transition` | the only judge of what a change of an entry owes |
+//! | `cursor` | the walk over a range of guest frames |
 //!
 //! It may touch `tlb`, `arch`, `host` and `addr`. Invariants: a page is reached from an entry only inside a
 //! section that was announced before the entry was read; every change of an entry is judged by
@@ -13,5 +14,6 @@
 
 pub(crate) mod arena;
 pub(crate) mod cache;
+pub(crate) mod cursor;
 pub(crate) mod page;
 pub(crate) mod transition;

@@ -10,7 +10,7 @@ use crate::host::Host;
 use crate::sync::{AtomicU64, Ordering};
 use crate::tlb::lock::{Exclusive, Shared};
 use crate::tlb::reader::Walking;
-use Ordering::{AcqRel, Acquire, Release};
+use Ordering::{AcqRel, Acquire};
 
 /// Proof that table pages which entries lead to are not reused for now.
 pub(crate) trait Section {}
@@ -42,25 +42,15 @@ impl EntryCell {
     pub(crate) fn swap(&self, new: Raw) -> Raw {
         Raw(self.0.swap(new.0, AcqRel))
     }
-    /// Ends a freeze: only its owner may (T98).
-    #[inline]
-    pub(crate) fn thaw(&self, new: Raw) {
-        self.0.store(new.0, Release);
-    }
 }
 
 /// A table page, for as long as the section `'s` lasts.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct TablePage<'s> {
-    at: Hpa,
     entries: &'s [EntryCell; ENTRIES],
 }
 
 impl<'s> TablePage<'s> {
-    /// The page's address.
-    pub(crate) fn at(self) -> Hpa {
-        self.at
-    }
     /// One entry.
     #[inline(always)]
     pub(crate) fn entry(self, index: usize) -> &'s EntryCell {
@@ -90,7 +80,7 @@ impl<'a, H: Host> Tables<'a, H> {
         // SAFETY: `at` is a table page of this arena: 4096 aligned bytes that stay mapped while the block is
         // out (contract of `Host`), which it is while the page is owned or, by the section, not yet reused.
         // Software reaches it only through these atomics; processors write it only atomically.
-        TablePage { at, entries: unsafe { entries.as_ref() } }
+        TablePage { entries: unsafe { entries.as_ref() } }
     }
 
     /// Writes all entries of a page that the caller owns, in order of their index.

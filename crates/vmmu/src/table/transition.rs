@@ -34,7 +34,9 @@ pub(crate) fn judge(old: Entry, new: Entry, root_is_valid: bool) -> Result<Flush
         (Entry::Link(old), Entry::Link(new)) if old == new => Flush::None,
         // T93: a link never changes its table without passing through non-present; an MMIO entry replaces
         // only what is not present (PROTOCOLS 5).
-        (Entry::Link(_), Entry::Link(_)) | (Entry::Leaf(_) | Entry::Link(_), Entry::Mmio(_)) => return Err(Illegal),
+        (Entry::Link(_), Entry::Link(_)) | (Entry::Leaf(_) | Entry::Link(_), Entry::Mmio(_)) => {
+            return Err(Illegal);
+        }
     };
     Ok(if root_is_valid { flush } else { Flush::None }) // T148j
 }
@@ -45,16 +47,15 @@ fn leaf_to_leaf(old: Leaf, new: Leaf) -> Result<Flush, Illegal> {
         return Err(Illegal); // T86
     }
     let tracked = |leaf: Leaf| leaf.writable < Writable::Logged;
-    let flush = if tracked(new) && !tracked(old) {
-        Flush::BeforeUnlock // T148c: also where W was clear already
-    } else if old.executable && !new.executable {
-        Flush::BeforeUnlock // T148k
-    } else if old.writable == Writable::Yes && new.writable != Writable::Yes {
-        Flush::BeforeReport // T148d
-    } else if old.dirty && !new.dirty {
-        Flush::BeforeReport // T148e
-    } else {
-        Flush::None // T148b, T148f
+    // T148c, also where W was clear already; T148k.
+    let before_unlock = (tracked(new) && !tracked(old)) || (old.executable && !new.executable);
+    // T148d, T148e.
+    let before_report =
+        (old.writable == Writable::Yes && new.writable != Writable::Yes) || (old.dirty && !new.dirty);
+    let flush = match (before_unlock, before_report) {
+        (true, _) => Flush::BeforeUnlock,
+        (false, true) => Flush::BeforeReport,
+        (false, false) => Flush::None, // T148b, T148f
     };
     Ok(flush)
 }
@@ -87,7 +88,12 @@ mod tests {
     }
     fn entries() -> Vec<Entry> {
         let mut all: Vec<Entry> = leaves().into_iter().map(Entry::Leaf).collect();
-        all.extend([Entry::Empty, Entry::Frozen, Entry::Link(Hpa::new(0x1000)), Entry::Link(Hpa::new(0x2000))]);
+        all.extend([
+            Entry::Empty,
+            Entry::Frozen,
+            Entry::Link(Hpa::new(0x1000)),
+            Entry::Link(Hpa::new(0x2000)),
+        ]);
         all.push(Entry::Mmio(Mmio { gfn: Gfn::new(1), write: false, generation: 3 }));
         all
     }
@@ -132,7 +138,11 @@ mod tests {
             for new in entries() {
                 assert_eq!(judge(old, new, true), table(old, new), "{old:?} -> {new:?}");
                 let excused = judge(old, new, false);
-                assert_eq!(excused, table(old, new).map(|_| Flush::None), "{old:?} -> {new:?} in an invalid root");
+                assert_eq!(
+                    excused,
+                    table(old, new).map(|_| Flush::None),
+                    "{old:?} -> {new:?} in an invalid root"
+                );
             }
         }
     }

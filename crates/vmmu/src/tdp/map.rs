@@ -8,7 +8,7 @@ use super::root::Root;
 use super::zap::Removed;
 use super::{Env, Tdp};
 use crate::addr::{ENTRIES, Gfn, GfnRange, Hpa, Level, PageSize, Pfn};
-use crate::arch::entry::{Access, Entry, Format, Leaf, Mmio, Raw, Writable};
+use crate::arch::entry::{Entry, Format, Leaf, Mmio, NestedAccess, Raw, Writable};
 use crate::error::Bug;
 use crate::host::Host;
 use crate::table::cache::{Cache, PreparedPage};
@@ -35,7 +35,7 @@ pub(crate) struct Wanted {
     /// The level at which to map.
     pub(crate) level: Level,
     pub(crate) writable: Writable,
-    pub(crate) access: Access,
+    pub(crate) access: NestedAccess,
 }
 
 /// How an attempt to map ended.
@@ -140,7 +140,6 @@ impl<F: Format> Tdp<F> {
     /// Goes down to `goal`, linking tables from the cache where there are none and splitting a large leaf that
     /// does not allow `split_for`.
     #[inline]
-    #[allow(clippy::too_many_arguments)] // the path of a fault: each is one of its parts
     fn descend<'s, H: Host>(
         &self,
         env: Env<'s, H>,
@@ -148,7 +147,7 @@ impl<F: Format> Tdp<F> {
         mut at: Position<'s>,
         gfn: Gfn,
         goal: Level,
-        split_for: Option<Access>,
+        split_for: Option<NestedAccess>,
         cache: &mut Cache,
     ) -> Result<Position<'s>, Stopped> {
         let tables = env.tables();
@@ -166,8 +165,7 @@ impl<F: Format> Tdp<F> {
                         cache.put_back(page);
                         return Err(Stopped::Retry);
                     }
-                    let _linked = page.into_inner();
-                    tables.linked();
+                    tables.linked(page.into_inner());
                     table
                 }
                 Entry::Leaf(leaf) => {
@@ -183,7 +181,6 @@ impl<F: Format> Tdp<F> {
     }
 
     /// Replaces a large leaf by a table of 512 leaves that say the same (T121). No flush is owed (T148i).
-    #[allow(clippy::too_many_arguments)] // as for `descend`
     fn split<H: Host>(
         &self,
         env: Env<'_, H>,
@@ -211,8 +208,7 @@ impl<F: Format> Tdp<F> {
             cache.put_back(PreparedPage::new(&tables, &self.format, page));
             return Err(Stopped::Retry);
         }
-        let _linked = page;
-        tables.linked();
+        tables.linked(page);
         let counters = &shared.line().counters;
         counters.pages(large).sub(1);
         counters.pages(small).add(ENTRIES as u64);
@@ -278,7 +274,7 @@ impl<F: Format> Tdp<F> {
             Entry::Link(table) => {
                 counters.pages(size).add(1);
                 counters.pages_collapsed.add(1);
-                self.remove_table(env, shared, table, want.gfn.align_down(at.level), at.level, removed);
+                self.remove_table(env, shared, table, at.level, removed);
             }
             _ => counters.pages(size).add(1),
         }

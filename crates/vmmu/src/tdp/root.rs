@@ -52,7 +52,11 @@ impl Roots {
     }
 
     /// Makes `page` the root of `space`, or, where another thread was first, returns that one and the page.
-    pub(crate) fn insert(&self, space: AddressSpace, page: PreparedPage) -> (Arc<Root>, Option<PreparedPage>) {
+    pub(crate) fn insert(
+        &self,
+        space: AddressSpace,
+        page: PreparedPage,
+    ) -> (Arc<Root>, Option<PreparedPage>) {
         let new = Arc::new(Root {
             identity: Identity::new(),
             space,

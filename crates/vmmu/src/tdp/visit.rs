@@ -6,22 +6,21 @@
 
 use super::root::Root;
 use super::{Env, Tdp};
-use crate::addr::{Gfn, Hpa, Level};
+use crate::addr::{Gfn, GfnRange, Level};
 use crate::arch::entry::{Entry, Format, Raw};
 use crate::host::Host;
 use crate::memory::AddressSpace;
-use crate::table::page::TablePage;
+use crate::table::cursor::{Cursor, Step};
 use crate::tlb::lock::Exclusive;
 use crate::tlb::reader::Line;
 use crate::tlb::reclaim::PageList;
+use core::ops::ControlFlow;
 
 /// One entry as the visit meets it; a link comes before the entries below it.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Visit {
     pub(crate) space: AddressSpace,
     pub(crate) root_is_valid: bool,
-    /// The page in which the entry lies.
-    pub(crate) page: Hpa,
     pub(crate) level: Level,
     pub(crate) gfn: Gfn,
     pub(crate) raw: Raw,
@@ -29,51 +28,25 @@ pub(crate) struct Visit {
 }
 
 impl<F: Format> Tdp<F> {
-    /// Shows every entry that is not empty.
+    /// Shows every entry that is not empty, until `show` says to stop.
     pub(crate) fn for_each_entry<H: Host>(
         &self,
         env: Env<'_, H>,
         exclusive: &Exclusive<'_>,
-        mut show: impl FnMut(Visit),
+        mut show: impl FnMut(Visit) -> ControlFlow<()>,
     ) {
         for root in self.roots.all().iter() {
-            let page = env.tables().page(root.page, exclusive);
-            self.visit(env, exclusive, root, page, Gfn::new(0), self.format.root_level(), &mut show);
-        }
-    }
-
-    #[allow(clippy::too_many_arguments)] // a recursion's constants
-    fn visit<'e, H: Host>(
-        &self,
-        env: Env<'e, H>,
-        exclusive: &'e Exclusive<'_>,
-        root: &Root,
-        page: TablePage<'e>,
-        base: Gfn,
-        level: Level,
-        show: &mut impl FnMut(Visit),
-    ) {
-        for (index, cell) in page.entries().enumerate() {
-            let raw = cell.load();
-            let entry = self.format.decode(raw, level);
-            if entry == Entry::Empty {
-                continue;
-            }
-            let gfn = base.offset(index as u64 * level.pages());
-            show(Visit {
-                space: root.space,
-                root_is_valid: root.is_valid(),
-                page: page.at(),
-                level,
-                gfn,
-                raw,
-                entry,
-            });
-            if let (Entry::Link(table), Some(below)) = (entry, level.below())
-                && env.tables().owns(table)
-            {
-                let child = env.tables().page(table, exclusive);
-                self.visit(env, exclusive, root, child, gfn, below, show);
+            let (tables, format) = (env.tables(), &self.format);
+            let mut cursor =
+                Cursor::new(tables, format, exclusive, root.page, GfnRange::ALL, Level::L1, u32::MAX);
+            while let Some(step) = cursor.next() {
+                let Step { level, gfn, raw, entry, .. } = step;
+                let (space, root_is_valid) = (root.space, root.is_valid());
+                if entry != Entry::Empty
+                    && show(Visit { space, root_is_valid, level, gfn, raw, entry }).is_break()
+                {
+                    return;
+                }
             }
         }
     }

@@ -51,11 +51,6 @@ impl MmuLock {
         Self { writers: Mutex::new(Rank::Writers, ()), flag: AtomicBool::new(false) }
     }
 
-    /// Whether somebody waits for Exclusive: long work under Shared should end its piece.
-    pub(crate) fn is_contended(&self) -> bool {
-        self.flag.load(Relaxed)
-    }
-
     /// Takes Shared, waiting while somebody wants or has Exclusive. May be called from *walking*, whose
     /// section then goes on afterwards, and, joining it, from Shared itself.
     #[inline]
@@ -159,7 +154,7 @@ mod tests {
                             drop(shared);
                         }
                     }
-                    tlb.readers.give_back(line);
+                    line.give_back();
                 });
             }
         });

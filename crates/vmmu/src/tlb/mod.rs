@@ -17,7 +17,7 @@ pub(crate) mod lock;
 pub(crate) mod reader;
 pub(crate) mod reclaim;
 pub(crate) mod shootdown;
-pub mod tag;
+pub(crate) mod tag;
 
 use crate::host::Host;
 use lock::MmuLock;

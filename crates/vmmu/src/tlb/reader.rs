@@ -109,6 +109,13 @@ impl Line {
         Self::new()
     }
 
+    /// Gives the line back to its slab, *out*.
+    pub(crate) fn give_back(&self) {
+        assert!(self.is_out(), "a line was given back announced: {self:?}");
+        self.owner.store(NO_VCPU, Relaxed);
+        self.taken.store(false, Release);
+    }
+
     /// The announcement, as a scan reads it.
     #[inline]
     pub(crate) fn announcement(&self) -> Announcement {
@@ -171,7 +178,10 @@ impl Line {
         debug_assert_eq!(self.slots.load(Relaxed), 0, "slot sections do not nest");
         self.slots.store(tlb.slot_epoch.now(), Relaxed);
         full_fence();
-        (Walking { line: self, before, _not_send: PhantomData }, SlotSection { line: self, _not_send: PhantomData })
+        (
+            Walking { line: self, before, _not_send: PhantomData },
+            SlotSection { line: self, _not_send: PhantomData },
+        )
     }
 
     /// Raises the state to `state` where it is lower, keeping the oldest generation; returns what it was.
@@ -228,16 +238,9 @@ impl fmt::Debug for Line {
 #[must_use]
 #[derive(Debug)]
 pub(crate) struct Walking<'t> {
-    pub(super) line: &'t Line,
+    line: &'t Line,
     before: Announcement,
     _not_send: PhantomData<*const ()>,
-}
-
-impl Walking<'_> {
-    /// A section for code that runs when nobody else can reach the tables any more.
-    pub(crate) fn line(&self) -> &Line {
-        self.line
-    }
 }
 
 impl Drop for Walking<'_> {
@@ -307,13 +310,6 @@ impl Readers {
         }
     }
 
-    /// Gives a line back, *out*.
-    pub(crate) fn give_back(&self, line: &Line) {
-        assert!(line.is_out(), "a line was given back announced: {line:?}");
-        line.owner.store(NO_VCPU, Relaxed);
-        line.taken.store(false, Release);
-    }
-
     fn grow(&self) {
         let chunk = Box::new(Chunk {
             lines: core::array::from_fn(|_| Line::new()),
@@ -370,7 +366,7 @@ mod tests {
         assert_eq!(line.announcement(), Announcement::new(State::Walking, since));
         drop(outer);
         assert!(line.is_out());
-        tlb.readers.give_back(line);
+        line.give_back();
     }
 
     #[test]
@@ -378,7 +374,7 @@ mod tests {
         let readers = Readers::new();
         let lines: std::vec::Vec<_> = (0..48).map(|n| readers.take(Some(VcpuId::new(n)))).collect();
         assert_eq!(readers.iter().filter(|l| l.vcpu().is_some()).count(), 48);
-        readers.give_back(lines[7]);
+        lines[7].give_back();
         assert!(ptr::eq(readers.take(None), lines[7]));
     }
 

@@ -162,7 +162,9 @@ mod tests {
     }
     fn list(table: &Table, pages: &[u64]) -> PageList {
         let mut list = PageList::new();
-        pages.iter().for_each(|n| list.push(table, Hpa::new(n << 12)));
+        for n in pages {
+            list.push(table, Hpa::new(n << 12));
+        }
         list
     }
     fn numbers(table: &Table, mut list: PageList) -> Vec<u64> {

@@ -38,7 +38,7 @@ pub struct TagSet {
     pub first: u32,
     /// How many there are from `first` on; at least 1.
     pub count: u32,
-    /// Whether one tag can be flushed alone (SVM: FlushByASID; VMX: single-context INVVPID). Where not, a
+    /// Whether one tag can be flushed alone (SVM: `FlushByASID`; VMX: single-context INVVPID). Where not, a
     /// fresh tag serves instead.
     pub flush_by_tag: bool,
     /// Whether guest-physical mappings are cached apart from tags, as under EPT: then a fresh tag drops none
@@ -60,7 +60,13 @@ impl TagSet {
     /// The same with only `count` tags: so that wraps are common in tests.
     #[must_use]
     pub const fn limited_to(mut self, count: u32) -> Self {
-        self.count = if count == 0 { 1 } else if count < self.count { count } else { self.count };
+        self.count = if count == 0 {
+            1
+        } else if count < self.count {
+            count
+        } else {
+            self.count
+        };
         self
     }
 }
@@ -109,6 +115,8 @@ pub(crate) struct Choice {
     pub(crate) tag: u32,
     pub(crate) flush: EntryFlush,
     pub(crate) guest_physical: bool,
+    /// Whether the tag was never used since the last flush of everything.
+    pub(crate) fresh: bool,
 }
 
 /// The tags and notes of one logical processor: make one for each, and pass it to every entry there. It is
@@ -145,10 +153,8 @@ impl PhysCpu {
     }
 
     #[inline(always)]
-    fn root_place(&self, root: Identity) -> usize {
-        #[allow(clippy::cast_possible_truncation)] // masked
-        let place = root.number() as usize & (ROOT_NOTES - 1);
-        place
+    fn root_place(root: Identity) -> usize {
+        root.number() as usize & (ROOT_NOTES - 1)
     }
 
     /// Chooses the tag and the flush for an entry of `owner`, which published `generation` and last ran at
@@ -156,7 +162,7 @@ impl PhysCpu {
     #[inline]
     pub(crate) fn choose(&mut self, owner: Owner, last: Option<LastRun>, generation: u64) -> Choice {
         let guest_physical = self.tags.tagged_by_root && {
-            let (root, flushed) = self.root_notes[self.root_place(owner.root)];
+            let (root, flushed) = self.root_notes[Self::root_place(owner.root)];
             root != owner.root.number() || flushed < generation
         };
         if let Some(last) = last
@@ -171,13 +177,13 @@ impl PhysCpu {
                         (false, true) => EntryFlush::Tag,
                         (false, false) => EntryFlush::None,
                     };
-                    return Choice { tag: last.tag, flush, guest_physical };
+                    return Choice { tag: last.tag, flush, guest_physical, fresh: false };
                 }
             }
         }
         let tag = self.fresh();
         let flush = if self.flush_all_owed { EntryFlush::All } else { EntryFlush::None };
-        Choice { tag, flush, guest_physical }
+        Choice { tag, flush, guest_physical, fresh: true }
     }
 
     fn fresh(&mut self) -> u32 {
@@ -200,7 +206,7 @@ impl PhysCpu {
         let place = self.place(choice.tag);
         self.notes[place] = Note { tag: choice.tag, vcpu: owner.vcpu, root: owner.root.number(), generation };
         if choice.guest_physical {
-            let place = self.root_place(owner.root);
+            let place = Self::root_place(owner.root);
             self.root_notes[place] = (owner.root.number(), generation);
         }
         LastRun { cpu: self.identity, tag: choice.tag }
@@ -223,9 +229,9 @@ mod tests {
         let first = cpu.choose(me, None, 1);
         assert_eq!(first.flush, EntryFlush::All);
         let last = Some(cpu.ran(me, first, 1));
-        assert_eq!(cpu.choose(me, last, 1), Choice { flush: EntryFlush::None, ..first });
+        assert_eq!(cpu.choose(me, last, 1), Choice { flush: EntryFlush::None, fresh: false, ..first });
         let flushed = cpu.choose(me, last, 2);
-        assert_eq!(flushed, Choice { flush: EntryFlush::Tag, ..first });
+        assert_eq!(flushed, Choice { flush: EntryFlush::Tag, fresh: false, ..first });
         // It did not run: the flush is still due.
         assert_eq!(cpu.choose(me, last, 2), flushed);
         cpu.ran(me, flushed, 2);

@@ -76,7 +76,6 @@ fn pages(gpa: Gpa, bytes: usize) -> Result<impl Iterator<Item = (Gpa, core::ops:
             return None;
         }
         let at = Gpa::new(gpa.raw() + done as u64);
-        #[allow(clippy::cast_possible_truncation)] // at most a page
         let room = (PAGE_BYTES - at.page_offset()) as usize;
         let range = done..bytes.min(done + room);
         done = range.end;
@@ -171,7 +170,6 @@ pub(super) fn with_page<H: Host, R>(
         // SAFETY: the frame was resolved for a slot that is published now, and neither an open invalidation nor one
         // that ended since the snapshot covers it: rechecked just above, in the announced section.
         let page = unsafe { GuestPage::new(at, &walking) };
-        #[allow(clippy::cast_possible_truncation)] // below 4096
         return Ok(access(page, gpa.page_offset() as usize));
     }
 }

@@ -109,17 +109,14 @@ impl<H: Host> Entry<'_, H> {
     /// The guest ran, with what the entry said, and has exited.
     #[inline(always)]
     pub fn ran(self) {
-        let this = core::mem::ManuallyDrop::new(self);
-        // SAFETY: `this` is never dropped or used again, so both references are moved out once.
-        let (vcpu, cpu) = unsafe { (core::ptr::read(&this.vcpu), core::ptr::read(&this.cpu)) };
-        let counters = &vcpu.own.line().counters;
-        match this.choice.flush {
-            EntryFlush::None => {}
-            EntryFlush::Tag | EntryFlush::All => counters.tlb_flush.add(1),
+        let counters = &self.vcpu.own.line().counters;
+        if self.choice.flush != EntryFlush::None {
+            counters.tlb_flush.add(1);
+        } else if self.choice.fresh {
+            counters.tlb_fresh_tag.add(1);
         }
-        vcpu.last = Some(cpu.ran(this.owner, this.choice, this.generation));
-        vcpu.entered = false;
-        vcpu.own.line().leave_guest();
+        self.vcpu.last = Some(self.cpu.ran(self.owner, self.choice, self.generation));
+        // Dropping it takes the line out of the guest.
     }
 }
 

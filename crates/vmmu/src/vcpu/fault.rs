@@ -116,7 +116,7 @@ impl<H: Host> Vcpu<H> {
                             let Question { snapshot, generation, .. } = question;
                             answer = Some(Answer { resolved, snapshot, generation });
                         }
-                        Err(why) => return self.refused(fault, why),
+                        Err(why) => return refused(fault, why),
                     }
                 }
             }
@@ -202,7 +202,7 @@ impl<H: Host> Vcpu<H> {
                     Err(ResolveError::WouldWait) => {
                         return Ok(Pass::Wait(Question { slot: slot.clone(), snapshot, generation }));
                     }
-                    Err(why) => return self.refused(fault, why).map(Pass::Done),
+                    Err(why) => return refused(fault, why).map(Pass::Done),
                 }
             }
         };
@@ -252,18 +252,18 @@ impl<H: Host> Vcpu<H> {
             Err(bug) => Ok(Pass::Broken(bug)),
         }
     }
+}
 
-    /// The backing has no page.
-    fn refused(&self, fault: Fault, why: ResolveError) -> Result<Outcome, Error> {
-        let gfn = fault.gpa().gfn();
-        match why {
-            ResolveError::OutOfMemory | ResolveError::Interrupted => Err(Error::Backing { gfn, why }),
-            // A backing that would wait although it may: it is asked again by the next fault.
-            ResolveError::WouldWait => Ok(Outcome::Resume),
-            ResolveError::Unbacked | ResolveError::Poisoned => {
-                let write = fault.access().write;
-                Ok(Outcome::MemoryFault(MemoryFault { gpa: gfn.gpa(), write, why }))
-            }
+/// The backing has no page.
+fn refused(fault: Fault, why: ResolveError) -> Result<Outcome, Error> {
+    let gfn = fault.gpa().gfn();
+    match why {
+        ResolveError::OutOfMemory | ResolveError::Interrupted => Err(Error::Backing { gfn, why }),
+        // A backing that would wait although it may: it is asked again by the next fault.
+        ResolveError::WouldWait => Ok(Outcome::Resume),
+        ResolveError::Unbacked | ResolveError::Poisoned => {
+            let write = fault.access().write;
+            Ok(Outcome::MemoryFault(MemoryFault { gpa: gfn.gpa(), write, why }))
         }
     }
 }

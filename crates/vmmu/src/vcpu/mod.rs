@@ -13,15 +13,14 @@
 pub(crate) mod access;
 pub(crate) mod enter;
 pub(crate) mod fault;
-//TMP pub(crate) mod translate;
+pub(crate) mod translate;
 
 pub use access::Reader;
 pub use enter::{Again, Entry};
 pub use fault::{MemoryFault, MmioAccess, Outcome};
-//TMP pub use translate::TranslateError;
 
 use crate::arch::entry::Format;
-//TMP use crate::arch::paging::PagingState;
+use crate::arch::paging::PagingState;
 use crate::error::Error;
 use crate::host::{Host, VcpuId};
 use crate::memory::AddressSpace;
@@ -45,7 +44,7 @@ pub struct Vcpu<H: Host> {
     entered: bool,
     cache: Cache,
     hint: Hint,
-//TMP     paging: PagingState,
+    paging: PagingState,
 }
 
 impl<H: Host> Vcpu<H> {
@@ -59,7 +58,7 @@ impl<H: Host> Vcpu<H> {
             entered: false,
             cache: Cache::default(),
             hint: Hint::default(),
-//TMP             paging: PagingState::default(),
+            paging: PagingState::default(),
         }
     }
 
@@ -84,6 +83,13 @@ impl<H: Host> Vcpu<H> {
             self.root = None;
         }
         Ok(())
+    }
+
+    /// Tells the guest's paging state: control registers, privilege, flags. Under two-dimensional paging only
+    /// translations by software use it, so it may be set just before one.
+    #[inline]
+    pub fn set_paging(&mut self, state: PagingState) {
+        self.paging = state;
     }
 
     /// Fills the cache of prepared tables; where the VM's limit is met, waits for retired ones first

@@ -9,7 +9,8 @@ use crate::addr::GfnRange;
 use crate::error::Error;
 use crate::host::Host;
 use crate::sync::order;
-use crate::tdp::zap::{EmptyTables, Removed};
+use crate::table::cursor::Resume;
+use crate::tdp::zap::{Removed, ZapProgress};
 use crate::tlb::reader::{Line, Request, State};
 use crate::tlb::reclaim::PageList;
 use crate::trace::Event;
@@ -69,8 +70,8 @@ impl<H: Host> Vm<H> {
             }
             left = inner
                 .tdp
-                .unmap(inner.env(), &exclusive, piece, EmptyTables::Keep, &mut removed)
-                .and_then(|at| GfnRange::new(at, range.end()));
+                .unmap(inner.env(), &exclusive, piece, &mut removed)
+                .and_then(|Resume(at)| GfnRange::new(at, range.end()));
         }
         // Also where nothing was mapped: a software walk may hold a frame that no entry maps.
         let (pages, debt) = removed.into_parts();
@@ -106,15 +107,13 @@ impl<H: Host> Inner<H> {
         let generation = self.tlb.shootdown(line, &self.host);
         self.host.trace(Event::RootsInvalidated);
         while let Some(root) = self.tdp.roots.claim() {
-            loop {
+            let mut left = Some(ZapProgress::START);
+            while let Some(progress) = left {
                 let mut removed = Removed::new(&self.tlb);
                 let shared = self.tlb.lock.shared(&self.tlb, line, &self.host);
-                let done = self.tdp.zap_invalid(self.env(), &shared, &root, &mut removed);
+                left = self.tdp.zap_invalid(self.env(), &shared, &root, progress, &mut removed);
                 drop(shared);
                 self.retire_excused(removed);
-                if done {
-                    break;
-                }
             }
             self.tdp.roots.remove(&root);
             let mut page = PageList::new();

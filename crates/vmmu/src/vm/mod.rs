@@ -31,6 +31,7 @@ use crate::tlb::tag::Identity;
 use alloc::sync::Arc;
 use config::Config;
 use core::fmt;
+use core::ops::ControlFlow;
 use core::ptr::NonNull;
 
 /// A virtual machine's memory. Cheap to clone; all clones are one VM, which ends with the last of its clones,
@@ -81,7 +82,7 @@ impl<H: Host> OwnLine<H> {
 
 impl<H: Host> Drop for OwnLine<H> {
     fn drop(&mut self) {
-        self.inner.tlb.readers.give_back(self.line());
+        self.line().give_back();
     }
 }
 
@@ -243,6 +244,7 @@ impl<H: Host> Vm<H> {
                 let writable = leaf.writable == Writable::Yes;
                 show(Mapping { gfn: visit.gfn, pfn: leaf.pfn, size, writable });
             }
+            ControlFlow::Continue(())
         });
         Ok(())
     }

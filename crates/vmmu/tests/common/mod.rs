@@ -8,17 +8,17 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex};
-use vmmu::{Backing, Bug, Hpa, Host, PageSize, Pfn, ResolveError, ResolveRequest, Resolved, VcpuId};
+use vmmu::{Backing, Bug, Host, Hpa, PageSize, Pfn, ResolveError, ResolveRequest, Resolved, VcpuId};
 
-/// A small generator of seeded choices (SplitMix64).
+/// A small generator of seeded choices (`SplitMix64`).
 #[derive(Clone, Debug)]
-pub struct Random(u64);
+pub(crate) struct Random(u64);
 
 impl Random {
-    pub fn new(seed: u64) -> Self {
+    pub(crate) fn new(seed: u64) -> Self {
         Self(seed)
     }
-    pub fn next(&mut self) -> u64 {
+    pub(crate) fn next(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
         let mut z = self.0;
         z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
@@ -26,23 +26,23 @@ impl Random {
         z ^ (z >> 31)
     }
     /// A number below `n`.
-    pub fn below(&mut self, n: u64) -> u64 {
+    pub(crate) fn below(&mut self, n: u64) -> u64 {
         self.next() % n
     }
     /// True once in `n`.
-    pub fn one_in(&mut self, n: u64) -> bool {
+    pub(crate) fn one_in(&mut self, n: u64) -> bool {
         self.below(n) == 0
     }
 }
 
 /// Frames of guest memory that tests may really read and write.
-pub const FRAMES: u64 = 4096;
+pub(crate) const FRAMES: u64 = 4096;
 /// Where they start, as host frame numbers.
-pub const FIRST_FRAME: u64 = 0x10_0000;
+pub(crate) const FIRST_FRAME: u64 = 0x10_0000;
 
 /// The host.
 #[derive(Debug)]
-pub struct TestHost {
+pub(crate) struct TestHost {
     /// Blocks of tables that are out, by index.
     blocks: Mutex<BTreeSet<u64>>,
     tables: NonNull<u8>,
@@ -50,9 +50,9 @@ pub struct TestHost {
     /// Allocations so far, and the first that fails.
     allocations: AtomicU64,
     fail_from: AtomicU64,
-    pub kicks: AtomicU64,
+    pub(crate) kicks: AtomicU64,
     /// vCPUs that were kicked, one bit each.
-    pub kicked: AtomicU64,
+    pub(crate) kicked: AtomicU64,
 }
 
 // SAFETY: the memory is reached through atomics and raw pointers only, and freed when the host is dropped.
@@ -73,7 +73,7 @@ fn tables_layout() -> Layout {
 }
 
 impl TestHost {
-    pub fn new() -> Arc<Self> {
+    pub(crate) fn new() -> Arc<Self> {
         // SAFETY: the layout is not empty.
         let memory = NonNull::new(unsafe { alloc_zeroed(frames_layout()) }).expect("16 MiB");
         // SAFETY: the layout is not empty.
@@ -89,16 +89,16 @@ impl TestHost {
         })
     }
     /// Makes the `n`-th allocation from now, counted from 0, and all after it fail; `None` lets all succeed.
-    pub fn fail_from(&self, n: Option<u64>) {
+    pub(crate) fn fail_from(&self, n: Option<u64>) {
         self.allocations.store(0, Relaxed);
         self.fail_from.store(n.unwrap_or(u64::MAX), Relaxed);
     }
     /// Allocations since the last call of `fail_from`.
-    pub fn allocations(&self) -> u64 {
+    pub(crate) fn allocations(&self) -> u64 {
         self.allocations.load(Relaxed)
     }
     /// Blocks of tables that the library has.
-    pub fn blocks_out(&self) -> usize {
+    pub(crate) fn blocks_out(&self) -> usize {
         self.blocks.lock().expect("not poisoned").len()
     }
 }
@@ -116,7 +116,7 @@ impl Drop for TestHost {
 
 /// The host as the library holds it.
 #[derive(Clone, Debug)]
-pub struct Handle(pub Arc<TestHost>);
+pub(crate) struct Handle(pub(crate) Arc<TestHost>);
 
 // SAFETY: blocks are parts of one aligned allocation, each out once at a time; frames lie in another; both live
 // as long as the host.
@@ -160,22 +160,22 @@ unsafe impl Host for Handle {
 
 /// What stands behind one page of a [`ChangingBacking`].
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct Page {
-    pub pfn: Pfn,
-    pub max_size: PageSize,
-    pub writable: bool,
+pub(crate) struct Page {
+    pub(crate) pfn: Pfn,
+    pub(crate) max_size: PageSize,
+    pub(crate) writable: bool,
     /// Answers only requests that may wait.
-    pub slow: bool,
+    pub(crate) slow: bool,
 }
 
 /// A backing whose pages are changed by the test, under invalidation.
 #[derive(Debug, Default)]
-pub struct ChangingBacking {
-    pub pages: Mutex<BTreeMap<u64, Page>>,
+pub(crate) struct ChangingBacking {
+    pub(crate) pages: Mutex<BTreeMap<u64, Page>>,
 }
 
 impl ChangingBacking {
-    pub fn page(&self, page: u64) -> Option<Page> {
+    pub(crate) fn page(&self, page: u64) -> Option<Page> {
         self.pages.lock().expect("not poisoned").get(&page).copied()
     }
 }
