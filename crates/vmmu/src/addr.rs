@@ -160,7 +160,7 @@ impl Level {
     /// 4 KiB pages that one entry of this level covers: 512^(level − 1).
     #[inline(always)]
     pub const fn pages(self) -> u64 {
-        1 << (9 * (self.0 as u32 - 1))
+        1 << self.shift()
     }
     /// The level of the tables that links of this level point to; `None` below level 1.
     #[inline(always)]
@@ -181,7 +181,12 @@ impl Level {
     /// The index in a table of this level of the entry that covers `gfn`.
     #[inline(always)]
     pub const fn index(self, gfn: Gfn) -> usize {
-        ((gfn.0 >> (9 * (self.0 as u32 - 1))) & (ENTRIES as u64 - 1)) as usize
+        ((gfn.0 >> self.shift()) & (ENTRIES as u64 - 1)) as usize
+    }
+    /// log2 of [`Level::pages`].
+    #[inline(always)]
+    pub const fn shift(self) -> u32 {
+        9 * (self.0 as u32 - 1)
     }
 }
 

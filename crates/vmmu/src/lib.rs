@@ -38,7 +38,7 @@ pub use host::{Backing, Contiguous, Host, ResolveError, ResolveRequest, Resolved
 pub use memory::{AddressSpace, Region, RegionFlags, SlotId};
 pub use stats::Stats;
 pub use tlb::tag::{EntryFlush, PhysCpu, TagSet};
-pub use vcpu::{Again, Entry, MemoryFault, MmioAccess, Outcome, Reader, Vcpu};
+pub use vcpu::{Again, Entry, InstructionBytes, MemoryFault, MmioAccess, Outcome, Reader, Vcpu};
 pub use vm::config::{Config, Optimizations, TableFormat};
 pub use vm::invalidate::Invalidation;
 pub use vm::{Mapping, Vm};

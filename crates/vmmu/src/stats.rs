@@ -48,6 +48,8 @@ macro_rules! statistics {
         #[non_exhaustive]
         pub struct Stats {
             $($(#[$doc])* pub $name: u64,)*
+            /// Faults that installed or upgraded a leaf, of whatever size.
+            pub pf_fixed: u64,
             /// Table pages linked below roots, now.
             pub table_pages: u64,
             /// Bytes of table memory that the host has handed out, now.
@@ -74,6 +76,7 @@ macro_rules! statistics {
             pub fn iter(&self) -> impl Iterator<Item = (&'static str, u64)> {
                 [
                     $((stringify!($name), self.$name),)*
+                    ("pf_fixed", self.pf_fixed),
                     ("table_pages", self.table_pages),
                     ("table_bytes", self.table_bytes),
                     ("table_pages_retired", self.table_pages_retired),
@@ -91,8 +94,6 @@ macro_rules! statistics {
 statistics! {
     /// Faults handled, but for those answered by an MMIO entry or a retry (T87).
     pf_taken,
-    /// Faults that installed or upgraded a leaf.
-    pf_fixed,
     /// Faults answered with emulation.
     pf_emulate,
     /// Faults that found the access already allowed.
@@ -105,11 +106,11 @@ statistics! {
     pf_mmio_hit,
     /// Faults that are to be tried again: something changed on the way.
     pf_retry,
-    /// Of the fixed ones, those that installed 4 KiB.
+    /// Faults that installed or upgraded a leaf of 4 KiB.
     pf_fixed_4k,
-    /// Of the fixed ones, those that installed 2 MiB.
+    /// Faults that installed or upgraded a leaf of 2 MiB.
     pf_fixed_2m,
-    /// Of the fixed ones, those that installed 1 GiB.
+    /// Faults that installed or upgraded a leaf of 1 GiB.
     pf_fixed_1g,
     /// Leaves of 4 KiB, now.
     pages_4k,

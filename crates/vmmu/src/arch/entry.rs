@@ -126,6 +126,15 @@ impl Entry {
 pub trait Format: Copy + Send + Sync + fmt::Debug + 'static {
     /// Decodes what an entry of `level` holds.
     fn decode(&self, raw: Raw, level: Level) -> Entry;
+    /// The table that an entry of `level`, 2 or higher, links to: what [`Format::decode`] says, and nothing else
+    /// of it, for the walk.
+    #[inline(always)]
+    fn link(&self, raw: Raw, level: Level) -> Option<Hpa> {
+        match self.decode(raw, level) {
+            Entry::Link(table) => Some(table),
+            _ => None,
+        }
+    }
     /// Encodes an entry of `level`. An [`Entry::Mmio`] must be one for which [`Format::caches_mmio`] holds.
     fn encode(&self, entry: Entry, level: Level) -> Raw;
     /// The level of the root.

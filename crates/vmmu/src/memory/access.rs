@@ -43,6 +43,22 @@ impl<'s> GuestPage<'s> {
         }
     }
 
+    /// The 16 bytes from `offset` on, which must end inside the page: by aligned words of 8 bytes, each read at
+    /// once.
+    #[inline(always)]
+    pub(crate) fn read_16(self, offset: usize) -> [u8; 16] {
+        assert!(offset + 16 <= PAGE_BYTES as usize, "16 bytes at {offset} of a page");
+        let (word, shift) = (offset & !7, 8 * (offset % 8) as u32);
+        let low =
+            u128::from(self.u64(word).load(Relaxed)) | u128::from(self.u64(word + 8).load(Relaxed)) << 64;
+        let bytes = if shift == 0 {
+            low
+        } else {
+            low >> shift | u128::from(self.u64(word + 16).load(Relaxed)) << (128 - shift)
+        };
+        bytes.to_le_bytes()
+    }
+
     /// Writes from `offset` on. An aligned word of 8 bytes is written at once.
     pub(crate) fn write(self, offset: usize, from: &[u8]) {
         assert!(offset + from.len() <= PAGE_BYTES as usize, "{} bytes at {offset} of a page", from.len());
@@ -115,6 +131,11 @@ mod tests {
             let mut back = std::vec![0; bytes.len()];
             page.read(offset, &mut back);
             prop_assert_eq!(&back, bytes);
+            if offset + 16 <= 4096 {
+                let mut some = [0; 16];
+                page.read(offset, &mut some);
+                prop_assert_eq!(page.read_16(offset), some);
+            }
             let mut all = [0; 4096];
             page.read(0, &mut all);
             prop_assert!(all[..offset].iter().chain(&all[offset + bytes.len()..]).all(|b| *b == 0xA5));

@@ -173,6 +173,9 @@ impl Slot {
     /// agree modulo the block, and neither `size` nor `limit` is exceeded (T75, M26, M27).
     #[inline]
     pub(crate) fn leaf_level(&self, gfn: Gfn, pfn: Pfn, size: PageSize, limit: Level) -> Level {
+        if size == PageSize::Size4K {
+            return Level::L1;
+        }
         let mut level = size.level().min(limit);
         while level > Level::L1 {
             let congruent = (gfn.raw() ^ pfn.raw()) & (level.pages() - 1) == 0;

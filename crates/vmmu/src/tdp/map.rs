@@ -22,7 +22,6 @@ pub(crate) struct Position<'s> {
     pub(crate) cell: &'s EntryCell,
     pub(crate) level: Level,
     pub(crate) raw: Raw,
-    pub(crate) entry: Entry,
 }
 
 /// The leaf that a fault wants.
@@ -39,14 +38,19 @@ pub(crate) struct Wanted {
 }
 
 /// How an attempt to map ended.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(crate) enum Mapped {
+#[must_use]
+#[derive(Debug)]
+pub(crate) enum Mapped<'t> {
     /// A leaf of this size was installed or upgraded.
     Fixed(PageSize),
     /// The access was allowed already.
     Spurious,
     /// Somebody else changed something on the way: the guest tries again.
     Retry,
+    /// A leaf of this size took the place of a table, which is to be paid for and retired before Shared ends.
+    Collapsed(PageSize, Removed<'t>),
+    /// An invariant is broken.
+    Broken(Bug),
 }
 
 /// What stopped a descent.
@@ -56,10 +60,21 @@ enum Stopped {
     AtLeaf,
 }
 
+/// What a descent has at hand.
+struct Descent<'a, 's, H> {
+    env: Env<'s, H>,
+    shared: &'s Shared<'s>,
+    gfn: Gfn,
+    goal: Level,
+    /// Split a large leaf on the way where it does not allow this.
+    split_for: Option<NestedAccess>,
+    cache: &'a mut Cache,
+}
+
 impl<F: Format> Tdp<F> {
     /// Walks from `root` down to the entry for `gfn` at `lowest`, or to the last entry above it that is no
     /// link. `gfn` is within [`Format::max_gfn`].
-    #[inline]
+    #[inline(always)]
     pub(crate) fn walk<'s, H: Host>(
         &self,
         env: Env<'s, H>,
@@ -72,26 +87,28 @@ impl<F: Format> Tdp<F> {
         let mut level = self.format.root_level();
         let mut page = tables.page(root.page, section);
         loop {
-            let at = self.position(page, gfn, level);
-            match (at.entry, level.below()) {
-                (Entry::Link(table), Some(below)) if level > lowest => {
-                    page = tables.page(table, section);
-                    level = below;
-                }
-                _ => return at,
+            let cell = page.entry(level.index(gfn));
+            let raw = cell.load();
+            if level > lowest
+                && let (Some(table), Some(below)) = (self.format.link(raw, level), level.below())
+            {
+                page = tables.page(table, section);
+                level = below;
+                continue;
             }
+            return Position { cell, level, raw };
         }
     }
 
     #[inline(always)]
-    fn position<'s>(&self, page: TablePage<'s>, gfn: Gfn, level: Level) -> Position<'s> {
+    fn position(page: TablePage<'_>, gfn: Gfn, level: Level) -> Position<'_> {
         let cell = page.entry(level.index(gfn));
-        let raw = cell.load();
-        Position { cell, level, raw, entry: self.format.decode(raw, level) }
+        Position { cell, level, raw: cell.load() }
     }
 
     /// Maps `want`, starting from `at`, a position for its frame that was read in the section that lasts. The
     /// root, the invalidation sequence and the slots were rechecked under `shared`.
+    #[inline(always)]
     pub(crate) fn map<'s, H: Host>(
         &self,
         env: Env<'s, H>,
@@ -100,23 +117,38 @@ impl<F: Format> Tdp<F> {
         at: Position<'s>,
         want: Wanted,
         cache: &mut Cache,
-    ) -> Result<(Mapped, Removed<'s>), Bug> {
+    ) -> Mapped<'s> {
         if (want.gfn.raw() ^ want.pfn.raw()) & (want.level.pages() - 1) != 0 {
-            return Err(Bug::Misaligned { gfn: want.gfn, pfn: want.pfn, level: want.level });
+            return Mapped::Broken(Bug::Misaligned { gfn: want.gfn, pfn: want.pfn, level: want.level });
         }
-        // The position is at the last entry; a table may hang where a larger leaf is wanted.
+        if at.level == want.level {
+            return self.install(env, shared, at, want);
+        }
+        self.map_elsewhere(env, shared, root, at, want, cache)
+    }
+
+    /// The rest of [`Tdp::map`]: the position is not at the wanted level, so a table is to be linked, a large
+    /// leaf split, or a table stands where a large leaf is wanted.
+    fn map_elsewhere<'s, H: Host>(
+        &self,
+        env: Env<'s, H>,
+        shared: &'s Shared<'_>,
+        root: &Root,
+        at: Position<'s>,
+        want: Wanted,
+        cache: &mut Cache,
+    ) -> Mapped<'s> {
         let at = if at.level < want.level { self.walk(env, root, want.gfn, want.level, shared) } else { at };
-        let mut removed = Removed::new(env.tlb);
-        let mapped = match self.descend(env, shared, at, want.gfn, want.level, Some(want.access), cache) {
-            Ok(at) => self.install(env, shared, at, want, &mut removed)?,
+        let (gfn, goal, split_for) = (want.gfn, want.level, Some(want.access));
+        match self.descend(at, &mut Descent { env, shared, gfn, goal, split_for, cache }) {
+            Ok(at) => self.install(env, shared, at, want),
             Err(Stopped::Retry) => Mapped::Retry,
             Err(Stopped::AtLeaf) => Mapped::Spurious,
-        };
-        Ok((mapped, removed))
+        }
     }
 
     /// Caches "no slot" for `gfn` (T45, T73). Replaces only what is not present (PROTOCOLS 5): a leaf met on
-    /// the way means that the guest tries again.
+    /// the way means that the guest tries again. Returns whether the entry was made.
     pub(crate) fn map_mmio<'s, H: Host>(
         &self,
         env: Env<'s, H>,
@@ -125,91 +157,85 @@ impl<F: Format> Tdp<F> {
         mmio: Mmio,
         cache: &mut Cache,
     ) -> bool {
-        let Ok(at) = self.descend(env, shared, at, mmio.gfn, Level::L1, None, cache) else { return false };
-        if !matches!(at.entry, Entry::Empty | Entry::Mmio(_)) {
+        let (gfn, goal, split_for) = (mmio.gfn, Level::L1, None);
+        let Ok(at) = self.descend(at, &mut Descent { env, shared, gfn, goal, split_for, cache }) else {
+            return false;
+        };
+        let (old, new) = (self.format.decode(at.raw, at.level), Entry::Mmio(mmio));
+        if judge(old, new, true) != Ok(Flush::None) || old == Entry::Frozen {
             return false;
         }
-        let new = self.format.encode(Entry::Mmio(mmio), Level::L1);
-        let created = at.cell.compare_exchange(at.raw, new).is_ok();
+        let created = at.cell.compare_exchange(at.raw, self.format.encode(new, Level::L1)).is_ok();
         if created {
             shared.line().counters.pf_mmio_spte_created.add(1);
         }
         created
     }
 
-    /// Goes down to `goal`, linking tables from the cache where there are none and splitting a large leaf that
-    /// does not allow `split_for`.
-    #[inline]
+    /// Goes down to the goal, linking tables from the cache where there are none.
     fn descend<'s, H: Host>(
         &self,
-        env: Env<'s, H>,
-        shared: &'s Shared<'_>,
         mut at: Position<'s>,
-        gfn: Gfn,
-        goal: Level,
-        split_for: Option<NestedAccess>,
-        cache: &mut Cache,
+        to: &mut Descent<'_, 's, H>,
     ) -> Result<Position<'s>, Stopped> {
-        let tables = env.tables();
-        while at.level > goal {
+        let tables = to.env.tables();
+        while at.level > to.goal {
             let below = at.level.below().ok_or(Stopped::Retry)?;
-            let table = match at.entry {
+            let table = match self.format.decode(at.raw, at.level) {
                 Entry::Frozen => return Err(Stopped::Retry),
                 Entry::Link(table) => table,
                 Entry::Empty | Entry::Mmio(_) => {
-                    let page = cache.take().ok_or(Stopped::Retry)?;
+                    let page = to.cache.take().ok_or(Stopped::Retry)?;
                     let table = page.page().at();
-                    tables.describe(table, gfn.align_down(at.level), below);
+                    tables.describe(table, to.gfn.align_down(at.level), below);
                     let link = self.format.encode(Entry::Link(table), at.level);
                     if at.cell.compare_exchange(at.raw, link).is_err() {
-                        cache.put_back(page);
+                        to.cache.put_back(page);
                         return Err(Stopped::Retry);
                     }
                     tables.linked(page.into_inner());
                     table
                 }
                 Entry::Leaf(leaf) => {
-                    if split_for.is_none_or(|access| leaf.allows(access)) {
+                    if to.split_for.is_none_or(|access| leaf.allows(access)) {
                         return Err(Stopped::AtLeaf);
                     }
-                    self.split(env, shared, at, leaf, gfn, below, cache)?
+                    self.split(at, leaf, below, to)?
                 }
             };
-            at = self.position(tables.page(table, shared), gfn, below);
+            at = Self::position(tables.page(table, to.shared), to.gfn, below);
         }
         Ok(at)
     }
 
     /// Replaces a large leaf by a table of 512 leaves that say the same (T121). No flush is owed (T148i).
+    #[cold]
     fn split<H: Host>(
         &self,
-        env: Env<'_, H>,
-        shared: &Shared<'_>,
         at: Position<'_>,
         leaf: Leaf,
-        gfn: Gfn,
         below: Level,
-        cache: &mut Cache,
+        to: &mut Descent<'_, '_, H>,
     ) -> Result<Hpa, Stopped> {
-        let tables = env.tables();
+        let tables = to.env.tables();
         let (Some(large), Some(small)) = (PageSize::at(at.level), PageSize::at(below)) else {
             return Err(Stopped::Retry);
         };
-        let page = cache.take().ok_or(Stopped::Retry)?.into_inner();
+        let page = to.cache.take().ok_or(Stopped::Retry)?.into_inner();
         let table = page.at();
-        tables.describe(table, gfn.align_down(at.level), below);
+        tables.describe(table, to.gfn.align_down(at.level), below);
         tables.fill_with(&page, |index| {
             let pfn = leaf.pfn.offset(index as u64 * below.pages());
             self.format.encode(Entry::Leaf(Leaf { pfn, ..leaf }), below)
         });
-        let link = self.format.encode(Entry::Link(table), at.level);
-        debug_assert_eq!(judge(at.entry, Entry::Link(table), true), Ok(Flush::None));
-        if at.cell.compare_exchange(at.raw, link).is_err() {
-            cache.put_back(PreparedPage::new(&tables, &self.format, page));
+        let link = Entry::Link(table);
+        debug_assert_eq!(judge(Entry::Leaf(leaf), link, true), Ok(Flush::None));
+        if at.cell.compare_exchange(at.raw, self.format.encode(link, at.level)).is_err() {
+            to.cache.put_back(PreparedPage::new(&tables, &self.format, page));
             return Err(Stopped::Retry);
         }
         tables.linked(page);
-        let counters = &shared.line().counters;
+        let counters = &to.shared.line().counters;
         counters.pages(large).sub(1);
         counters.pages(small).add(ENTRIES as u64);
         counters.pages_split.add(1);
@@ -218,16 +244,14 @@ impl<F: Format> Tdp<F> {
 
     /// Installs the leaf at its own level.
     #[inline]
-    fn install<H: Host>(
+    fn install<'s, H: Host>(
         &self,
-        env: Env<'_, H>,
-        shared: &Shared<'_>,
-        at: Position<'_>,
+        env: Env<'s, H>,
+        shared: &'s Shared<'_>,
+        at: Position<'s>,
         want: Wanted,
-        removed: &mut Removed<'_>,
-    ) -> Result<Mapped, Bug> {
-        let Some(size) = PageSize::at(at.level) else { return Ok(Mapped::Retry) };
-        let counters = &shared.line().counters;
+    ) -> Mapped<'s> {
+        let Some(size) = PageSize::at(at.level) else { return Mapped::Retry };
         let mut leaf = Leaf {
             pfn: want.pfn.align_down(at.level),
             writable: want.writable,
@@ -235,17 +259,19 @@ impl<F: Format> Tdp<F> {
             accessed: true,
             dirty: want.writable == Writable::Yes,
         };
-        match at.entry {
-            Entry::Frozen => return Ok(Mapped::Retry),
+        let old = self.format.decode(at.raw, at.level);
+        match old {
             Entry::Empty | Entry::Mmio(_) | Entry::Link(_) => {}
+            Entry::Frozen => return Mapped::Retry,
             Entry::Leaf(old) => {
                 if old.allows(want.access) {
-                    return Ok(Mapped::Spurious);
+                    return Mapped::Spurious;
                 }
                 if old.pfn != leaf.pfn {
-                    return Err(Bug::LeafRetargeted {
-                        gfn: want.gfn,
-                        level: at.level,
+                    let (gfn, level) = (want.gfn, at.level);
+                    return Mapped::Broken(Bug::LeafRetargeted {
+                        gfn,
+                        level,
                         mapped: old.pfn,
                         wanted: leaf.pfn,
                     });
@@ -253,32 +279,35 @@ impl<F: Format> Tdp<F> {
                 leaf.writable = leaf.writable.max(old.writable);
                 leaf.dirty |= old.dirty;
                 if leaf == old {
-                    return Ok(Mapped::Spurious);
+                    return Mapped::Spurious;
                 }
             }
         }
         let new = Entry::Leaf(leaf);
         let raw = self.format.encode(new, at.level);
-        let Ok(flush) = judge(at.entry, new, true) else {
+        let Ok(flush) = judge(old, new, true) else {
             let (gfn, level) = (want.gfn, at.level);
-            return Err(Bug::IllegalTransition { gfn, level, old: at.raw.0, new: raw.0 });
+            return Mapped::Broken(Bug::IllegalTransition { gfn, level, old: at.raw.0, new: raw.0 });
         };
         if at.cell.compare_exchange(at.raw, raw).is_err() {
-            return Ok(Mapped::Retry);
+            return Mapped::Retry;
         }
-        if flush != Flush::None {
-            removed.owe(GfnRange::block(want.gfn, at.level));
-        }
-        match at.entry {
+        let counters = &shared.line().counters;
+        counters.fixed(size).add(1);
+        match old {
             Entry::Leaf(_) => {}
             Entry::Link(table) => {
                 counters.pages(size).add(1);
                 counters.pages_collapsed.add(1);
-                self.remove_table(env, shared, table, at.level, removed);
+                let mut removed = Removed::new(env.tlb);
+                if flush != Flush::None {
+                    removed.owe(GfnRange::block(want.gfn, at.level));
+                }
+                self.remove_table(env, shared, table, at.level, &mut removed);
+                return Mapped::Collapsed(size, removed);
             }
             _ => counters.pages(size).add(1),
         }
-        counters.fixed(size).add(1);
-        Ok(Mapped::Fixed(size))
+        Mapped::Fixed(size)
     }
 }

@@ -34,11 +34,6 @@ impl<'t> Removed<'t> {
     pub(super) fn owe(&mut self, range: GfnRange) {
         self.debt.owe(range);
     }
-    /// Whether nothing was removed and nothing is owed.
-    #[inline(always)]
-    pub(crate) fn is_empty(&self) -> bool {
-        self.pages.count() == 0 && !self.debt.is_owed()
-    }
     /// The parts, for whoever pays and retires.
     pub(crate) fn into_parts(self) -> (PageList, FlushDebt<'t>) {
         (self.pages, self.debt)

@@ -57,9 +57,6 @@ impl<'t> FlushDebt<'t> {
     pub(crate) fn owe(&mut self, range: GfnRange) {
         self.range = self.range.hull(range);
     }
-    pub(crate) fn is_owed(&self) -> bool {
-        !self.range.is_empty()
-    }
     /// Pays by a shootdown, if anything is owed. Returns the generation since which nothing removed before is
     /// in use, where one was needed.
     pub(crate) fn pay<H: Host>(mut self, line: &Line, host: &H) -> Option<u64> {

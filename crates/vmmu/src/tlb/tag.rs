@@ -127,29 +127,32 @@ pub struct PhysCpu {
     tags: TagSet,
     next: u32,
     flush_all_owed: bool,
-    notes: Box<[Note]>,
+    notes: Box<[Note; NOTES]>,
     root_notes: Box<[(u64, u64)]>,
     _not_send: PhantomData<*const ()>,
 }
 
 impl PhysCpu {
     /// A processor on which no guest ran since its last flush of everything: the first entry carries one.
+    ///
+    /// # Panics
+    /// Never: the length of the notes is their array's.
     pub fn new(tags: TagSet) -> Self {
-        let notes = NOTES.min(tags.count.next_power_of_two() as usize);
+        let notes = vec![Note::NONE; NOTES].into_boxed_slice();
         Self {
             identity: Identity::new(),
             tags,
             next: tags.first,
             flush_all_owed: true,
-            notes: vec![Note::NONE; notes].into_boxed_slice(),
+            notes: notes.try_into().expect("as long as the array"),
             root_notes: vec![(0, 0); if tags.tagged_by_root { ROOT_NOTES } else { 0 }].into_boxed_slice(),
             _not_send: PhantomData,
         }
     }
 
     #[inline(always)]
-    fn place(&self, tag: u32) -> usize {
-        tag as usize & (self.notes.len() - 1)
+    fn place(tag: u32) -> usize {
+        tag as usize & (NOTES - 1)
     }
 
     #[inline(always)]
@@ -168,7 +171,7 @@ impl PhysCpu {
         if let Some(last) = last
             && last.cpu == self.identity
         {
-            let note = &self.notes[self.place(last.tag)];
+            let note = &self.notes[Self::place(last.tag)];
             if note.tag == last.tag && note.root == owner.root.number() && note.vcpu == owner.vcpu {
                 let old = note.generation < generation;
                 if !old || self.tags.flush_by_tag {
@@ -203,7 +206,7 @@ impl PhysCpu {
         if choice.flush == EntryFlush::All {
             self.flush_all_owed = false;
         }
-        let place = self.place(choice.tag);
+        let place = Self::place(choice.tag);
         self.notes[place] = Note { tag: choice.tag, vcpu: owner.vcpu, root: owner.root.number(), generation };
         if choice.guest_physical {
             let place = Self::root_place(owner.root);

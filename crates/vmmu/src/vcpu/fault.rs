@@ -8,15 +8,16 @@
 
 use super::Vcpu;
 use crate::addr::{Gfn, Gpa, Level};
-use crate::arch::entry::{Entry, Format, Mmio, Writable};
+use crate::arch::entry::{Entry, Format, Mmio, Raw, Writable};
 use crate::arch::fault::Fault;
-use crate::error::{Bug, Error};
+use crate::error::Error;
 use crate::host::{Host, ResolveError, ResolveRequest, Resolved};
 use crate::memory::invalidation::Snapshot;
 use crate::memory::slot::Slot;
 use crate::memory::slots::SlotGeneration;
-use crate::tdp::map::{Mapped, Wanted};
+use crate::tdp::map::{Mapped, Position, Wanted};
 use crate::trace::Event;
+use crate::vm::OwnLine;
 use crate::vm::config::Optimizations;
 use alloc::sync::Arc;
 
@@ -58,26 +59,33 @@ pub enum Outcome {
     MemoryFault(MemoryFault),
 }
 
-/// How one pass ended.
+/// How one pass ended. Small, so that handing it on costs nothing.
 enum Pass {
-    Done(Outcome),
+    /// Enter the guest again.
+    Resume,
+    /// No slot, or a frame out of reach.
+    Mmio,
+    /// A write to memory that is read-only.
+    ReadOnly,
+    /// The backing has nothing.
+    Refused(ResolveError),
     /// The backing wants to wait: ask it with nothing announced.
     Wait(Question),
-    /// An invariant is broken.
-    Broken(Bug),
+    /// A live entry has reserved bits.
+    Reserved(Raw, Level),
+    /// An invariant is broken; the bug is in the vCPU's place for one.
+    Broken,
 }
 
 /// What a backing is asked with nothing announced; the slot value keeps it alive.
 struct Question {
     slot: Arc<Slot>,
-    snapshot: Snapshot,
-    generation: SlotGeneration,
+    basis: Basis,
 }
 
-/// A backing's answer, with what it was based on.
+/// What an answer of a backing rests on.
 #[derive(Clone, Copy)]
-struct Answer {
-    resolved: Resolved,
+struct Basis {
     snapshot: Snapshot,
     generation: SlotGeneration,
 }
@@ -93,72 +101,73 @@ impl<H: Host> Vcpu<H> {
         let inner = self.own.inner();
         inner.alive()?;
         inner.host.trace(Event::Fault { gpa: fault.gpa(), access: fault.access() });
-        let gfn = fault.gpa().gfn();
-        if gfn > inner.tdp.format.max_gfn() {
-            // T5: no entry of any kind may be made for it.
-            let counters = &self.own.line().counters;
-            counters.pf_taken.add(1);
-            counters.pf_emulate.add(1);
-            return Ok(Outcome::Mmio(mmio_access(fault)));
-        }
         if !self.cache.suffices() {
             self.top_up()?;
         }
         let mut answer = None;
         loop {
-            match self.pass(fault, gfn, answer)? {
-                Pass::Done(outcome) => return Ok(outcome),
-                Pass::Broken(bug) => return Err(self.own.inner().bug(&bug)),
-                Pass::Wait(question) => {
+            return match self.pass(fault, answer) {
+                Pass::Resume => Ok(Outcome::Resume),
+                Pass::Mmio => Ok(Outcome::Mmio(mmio_access(fault))),
+                Pass::ReadOnly => Ok(Outcome::ReadOnlyWrite(mmio_access(fault))),
+                Pass::Refused(why) => refused(fault, why),
+                Pass::Wait(Question { slot, basis }) => {
                     let request = ResolveRequest::new(fault.access().write, true);
-                    match question.slot.backing.resolve(question.slot.page(gfn), request) {
+                    match slot.backing.resolve(slot.page(fault.gpa().gfn()), request) {
                         Ok(resolved) => {
-                            let Question { snapshot, generation, .. } = question;
-                            answer = Some(Answer { resolved, snapshot, generation });
+                            answer = Some((resolved, basis));
+                            continue;
                         }
-                        Err(why) => return refused(fault, why),
+                        Err(why) => refused(fault, why),
                     }
                 }
-            }
+                Pass::Reserved(entry, level) => {
+                    Err(Error::ReservedBits { gpa: fault.gpa(), entry: entry.0, level })
+                }
+                Pass::Broken => Err(self.broken()),
+            };
+        }
+    }
+
+    #[cold]
+    fn broken(&mut self) -> Error {
+        match self.bug.take() {
+            Some(bug) => self.own.inner().bug(&bug),
+            None => Error::Dead,
         }
     }
 
     /// One pass; with an answer from the backing, or to get one.
-    #[inline]
-    fn pass(&mut self, fault: Fault, gfn: Gfn, answer: Option<Answer>) -> Result<Pass, Error> {
+    #[inline(always)]
+    fn pass(&mut self, fault: Fault, answer: Option<(Resolved, Basis)>) -> Pass {
         let access = fault.access();
+        let gfn = fault.gpa().gfn();
         let own = &self.own;
         let (inner, line) = (own.inner(), own.line());
         let (tdp, env, counters) = (&inner.tdp, inner.env(), &line.counters);
-        let optimizations = inner.config.optimizations;
+        if gfn > tdp.format.max_gfn() {
+            // T5: no entry of any kind may be made for it.
+            counters.pf_taken.add(1);
+            counters.pf_emulate.add(1);
+            return Pass::Mmio;
+        }
         let (walking, section) = line.walk_with_slots(&inner.tlb);
         let root = match &self.root {
             Some(root) if root.is_valid() => root,
-            _ => return Ok(retry(own, gfn)),
+            _ => return retry(own, gfn),
         };
         let set = inner.slots.read(self.space, &section);
         // Before the entry is read, so that a hit is one of this set's (PROTOCOLS 5).
         let generation = set.generation();
         let at = tdp.walk(env, root, gfn, Level::L1, &walking);
-        match at.entry {
-            Entry::Leaf(leaf) if leaf.allows(access) => {
-                let reserved = tdp.format.reserved_bits(at.raw, at.level);
-                if fault.is_reserved() && reserved != 0 {
-                    return Err(Error::ReservedBits { gpa: fault.gpa(), entry: at.raw.0, level: at.level });
-                }
-                counters.pf_taken.add(1);
-                counters.pf_spurious.add(1);
-                return Ok(Pass::Done(Outcome::Resume));
-            }
-            Entry::Frozen => return Ok(retry(own, gfn)),
-            Entry::Mmio(mmio) if !generation.in_progress() && mmio.generation == generation.for_mmio() => {
-                counters.pf_mmio_hit.add(1);
-                inner.host.trace(Event::MmioHit { gfn });
-                return Ok(Pass::Done(Outcome::Mmio(mmio_access(fault))));
-            }
-            // T49: a reserved-bit fault for an entry that has none any more: another processor zapped it.
-            Entry::Empty if fault.is_reserved() => return Ok(retry(own, gfn)),
-            _ => {}
+        if at.raw != tdp.format.empty()
+            && let Some(pass) = already_there(own, fault, at, generation)
+        {
+            return pass;
+        }
+        if fault.is_reserved() && at.raw == tdp.format.empty() {
+            // T49: no entry has reserved bits any more: another processor zapped it.
+            return retry(own, gfn);
         }
         counters.pf_taken.add(1);
         // Before slot and backing are looked at (M72).
@@ -167,7 +176,7 @@ impl<H: Host> Vcpu<H> {
             counters.pf_emulate.add(1);
             let cacheable = !generation.in_progress()
                 && tdp.format.caches_mmio()
-                && optimizations.contains(Optimizations::MMIO_ENTRIES);
+                && inner.config.optimizations.contains(Optimizations::MMIO_ENTRIES);
             if cacheable {
                 let shared = inner.tlb.lock.shared(&inner.tlb, line, &inner.host);
                 if root.is_valid() && inner.slots.read(self.space, &section).generation() == generation {
@@ -177,42 +186,41 @@ impl<H: Host> Vcpu<H> {
                     }
                 }
             }
-            return Ok(Pass::Done(Outcome::Mmio(mmio_access(fault))));
+            return Pass::Mmio;
         };
         if slot.changing {
             // T73: never MMIO, so that its translations are gone before anything else can appear.
-            return Ok(retry(own, gfn));
+            return retry(own, gfn);
         }
         if access.write && slot.is_read_only() {
             counters.pf_emulate.add(1);
-            return Ok(Pass::Done(Outcome::ReadOnlyWrite(mmio_access(fault))));
+            return Pass::ReadOnly;
         }
-        let answer = match answer {
-            // An answer for another set or from before an end: the recheck below would refuse it.
-            Some(answer) if answer.generation == generation => answer,
+        let (resolved, basis) = match answer {
+            // An answer for another set is stale; one from before an end is refused by the recheck below.
+            Some((resolved, basis)) if basis.generation == generation => (resolved, basis),
             _ => {
-                let at_once = optimizations.contains(Optimizations::RESOLVE_AT_ONCE);
-                let resolved = if at_once {
+                let basis = Basis { snapshot, generation };
+                let resolved = if inner.config.optimizations.contains(Optimizations::RESOLVE_AT_ONCE) {
                     slot.backing.resolve(slot.page(gfn), ResolveRequest::new(access.write, false))
                 } else {
                     Err(ResolveError::WouldWait)
                 };
                 match resolved {
-                    Ok(resolved) => Answer { resolved, snapshot, generation },
+                    Ok(resolved) => (resolved, basis),
                     Err(ResolveError::WouldWait) => {
-                        return Ok(Pass::Wait(Question { slot: slot.clone(), snapshot, generation }));
+                        return Pass::Wait(Question { slot: slot.clone(), basis });
                     }
-                    Err(why) => return refused(fault, why).map(Pass::Done),
+                    Err(why) => return Pass::Refused(why),
                 }
             }
         };
-        let resolved = answer.resolved;
         let writable = resolved.writable && !slot.is_read_only();
         if access.write && !writable {
             counters.pf_emulate.add(1);
-            return Ok(Pass::Done(Outcome::ReadOnlyWrite(mmio_access(fault))));
+            return Pass::ReadOnly;
         }
-        let limit = if optimizations.contains(Optimizations::LARGE_PAGES) {
+        let limit = if inner.config.optimizations.contains(Optimizations::LARGE_PAGES) {
             tdp.format.max_leaf_level()
         } else {
             Level::L1
@@ -220,37 +228,65 @@ impl<H: Host> Vcpu<H> {
         let level = slot.leaf_level(gfn, resolved.pfn, resolved.max_size, limit);
         let shared = inner.tlb.lock.shared(&inner.tlb, line, &inner.host);
         let current = root.is_valid()
-            && inner.sequence.is_current(gfn, answer.snapshot)
-            && inner.slots.read(self.space, &section).generation() == answer.generation;
+            && inner.sequence.is_current(gfn, basis.snapshot)
+            && inner.slots.read(self.space, &section).generation() == basis.generation;
         if !current {
-            drop(shared);
-            return Ok(retry(own, gfn));
+            return retry(own, gfn);
         }
-        let want = Wanted {
-            gfn,
-            pfn: resolved.pfn,
-            level,
-            writable: if writable { Writable::Yes } else { Writable::No },
-            access,
-        };
-        match tdp.map(env, &shared, root, at, want, &mut self.cache) {
-            Ok((mapped, removed)) => {
-                if !removed.is_empty() {
-                    inner.settle_removed(line, removed);
-                }
-                match mapped {
-                    Mapped::Fixed(size) => {
-                        counters.pf_fixed.add(1);
-                        let (gfn, pfn) = (gfn.align_down(level), resolved.pfn.align_down(level));
-                        inner.host.trace(Event::LeafSet { gfn, pfn, size });
-                    }
-                    Mapped::Spurious => counters.pf_spurious.add(1),
-                    Mapped::Retry => counters.pf_retry.add(1),
-                }
-                Ok(Pass::Done(Outcome::Resume))
+        let writable = if writable { Writable::Yes } else { Writable::No };
+        let want = Wanted { gfn, pfn: resolved.pfn, level, writable, access };
+        let size = match tdp.map(env, &shared, root, at, want, &mut self.cache) {
+            Mapped::Fixed(size) => size,
+            Mapped::Spurious => {
+                counters.pf_spurious.add(1);
+                return Pass::Resume;
             }
-            Err(bug) => Ok(Pass::Broken(bug)),
+            Mapped::Retry => return retry(own, gfn),
+            Mapped::Collapsed(size, removed) => {
+                inner.settle_removed(line, removed);
+                size
+            }
+            Mapped::Broken(bug) => {
+                self.bug = Some(bug);
+                return Pass::Broken;
+            }
+        };
+        inner.host.trace(Event::LeafSet {
+            gfn: gfn.align_down(level),
+            pfn: resolved.pfn.align_down(level),
+            size,
+        });
+        Pass::Resume
+    }
+}
+
+/// What an entry that is not empty answers by itself: the access is allowed, the entry is somebody's, or it says
+/// that no slot is there.
+#[inline(always)]
+fn already_there<H: Host>(
+    own: &OwnLine<H>,
+    fault: Fault,
+    at: Position<'_>,
+    generation: SlotGeneration,
+) -> Option<Pass> {
+    let (inner, counters) = (own.inner(), &own.line().counters);
+    let format = &inner.tdp.format;
+    match format.decode(at.raw, at.level) {
+        Entry::Leaf(leaf) if leaf.allows(fault.access()) => {
+            if fault.is_reserved() && format.reserved_bits(at.raw, at.level) != 0 {
+                return Some(Pass::Reserved(at.raw, at.level));
+            }
+            counters.pf_taken.add(1);
+            counters.pf_spurious.add(1);
+            Some(Pass::Resume)
         }
+        Entry::Frozen => Some(retry(own, fault.gpa().gfn())),
+        Entry::Mmio(mmio) if !generation.in_progress() && mmio.generation == generation.for_mmio() => {
+            counters.pf_mmio_hit.add(1);
+            inner.host.trace(Event::MmioHit { gfn: mmio.gfn });
+            Some(Pass::Mmio)
+        }
+        _ => None,
     }
 }
 
@@ -270,10 +306,10 @@ fn refused(fault: Fault, why: ResolveError) -> Result<Outcome, Error> {
 
 /// The guest tries again.
 #[inline(never)]
-fn retry<H: Host>(own: &crate::vm::OwnLine<H>, gfn: Gfn) -> Pass {
+fn retry<H: Host>(own: &OwnLine<H>, gfn: Gfn) -> Pass {
     own.line().counters.pf_retry.add(1);
     own.inner().host.trace(Event::Retry { gfn });
-    Pass::Done(Outcome::Resume)
+    Pass::Resume
 }
 
 fn mmio_access(fault: Fault) -> MmioAccess {

@@ -5,6 +5,7 @@
 //! | `enter` | preparation, entry, exit: roots, tags, the line *in guest* |
 //! | `fault` | the way of a fault, from the exit to the outcome |
 //! | `access` | guest memory by guest-physical address, for vCPUs and other threads |
+//! | `remembered` | walks of instruction fetches, used again while they hold |
 //! | `translate` | guest-virtual addresses by the guest's own tables |
 //!
 //! A vCPU is moved between threads freely and used by one at a time. Invariant: outside a call, its line is
@@ -13,15 +14,17 @@
 pub(crate) mod access;
 pub(crate) mod enter;
 pub(crate) mod fault;
+pub(crate) mod remembered;
 pub(crate) mod translate;
 
 pub use access::Reader;
 pub use enter::{Again, Entry};
 pub use fault::{MemoryFault, MmioAccess, Outcome};
+pub use translate::InstructionBytes;
 
 use crate::arch::entry::Format;
 use crate::arch::paging::PagingState;
-use crate::error::Error;
+use crate::error::{Bug, Error};
 use crate::host::{Host, VcpuId};
 use crate::memory::AddressSpace;
 use crate::memory::slots::Hint;
@@ -31,6 +34,7 @@ use crate::tlb::tag::LastRun;
 use crate::vm::OwnLine;
 use alloc::sync::Arc;
 use core::fmt;
+use remembered::Remembered;
 
 /// A virtual processor.
 pub struct Vcpu<H: Host> {
@@ -45,6 +49,9 @@ pub struct Vcpu<H: Host> {
     cache: Cache,
     hint: Hint,
     paging: PagingState,
+    remembered: Remembered,
+    /// A bug that a pass met, until it is reported with nothing announced.
+    bug: Option<Bug>,
 }
 
 impl<H: Host> Vcpu<H> {
@@ -59,6 +66,8 @@ impl<H: Host> Vcpu<H> {
             cache: Cache::default(),
             hint: Hint::default(),
             paging: PagingState::default(),
+            remembered: Remembered::default(),
+            bug: None,
         }
     }
 
@@ -90,6 +99,12 @@ impl<H: Host> Vcpu<H> {
     #[inline]
     pub fn set_paging(&mut self, state: PagingState) {
         self.paging = state;
+    }
+
+    /// The guest's paging state, to be brought up to date field by field.
+    #[inline]
+    pub fn paging_mut(&mut self) -> &mut PagingState {
+        &mut self.paging
     }
 
     /// Fills the cache of prepared tables; where the VM's limit is met, waits for retired ones first

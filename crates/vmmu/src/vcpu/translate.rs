@@ -14,7 +14,9 @@ use crate::memory::AddressSpace;
 use crate::memory::access::GuestPage;
 use crate::memory::slots::Hint;
 use crate::vm::OwnLine;
+use crate::vm::config::Optimizations;
 use core::cell::Cell;
+use core::ops::Deref;
 
 /// A vCPU's memory, as walks read it.
 struct Memory<'a, H: Host> {
@@ -48,6 +50,21 @@ impl<H: Host> ByteMemory for Memory<'_, H> {
     }
 }
 
+/// The bytes at an instruction's address: up to 16, as many as could be fetched.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct InstructionBytes {
+    bytes: [u8; 16],
+    len: u8,
+}
+
+impl Deref for InstructionBytes {
+    type Target = [u8];
+    #[inline(always)]
+    fn deref(&self) -> &[u8] {
+        &self.bytes[..usize::from(self.len & 31).min(16)]
+    }
+}
+
 impl<H: Host> Vcpu<H> {
     fn memory(&self) -> Memory<'_, H> {
         Memory { own: &self.own, space: self.space, hint: Cell::new(self.hint) }
@@ -71,6 +88,31 @@ impl<H: Host> Vcpu<H> {
     pub fn fetch(&mut self, gva: Gva, into: &mut [u8]) -> Result<usize, FetchError> {
         self.close_forgotten();
         fetch(&self.paging, &self.memory(), gva, into)
+    }
+
+    /// Fetches the bytes of the instruction at `gva`, at least as many as it can have where they can be fetched.
+    /// Made for exits that need a length: the walk is remembered, and used again while it holds.
+    ///
+    /// # Errors
+    /// As for [`Vcpu::fetch`].
+    #[inline]
+    pub fn fetch_instruction(&mut self, gva: Gva) -> Result<InstructionBytes, FetchError> {
+        self.close_forgotten();
+        match self.recall(gva) {
+            Some(bytes) => Ok(InstructionBytes { bytes, len: 16 }),
+            None => self.fetch_anew(gva),
+        }
+    }
+
+    #[cold]
+    fn fetch_anew(&mut self, gva: Gva) -> Result<InstructionBytes, FetchError> {
+        let mut bytes = [0; 16];
+        let len = fetch(&self.paging, &self.memory(), gva, &mut bytes)? as u8;
+        let remembers = self.own.inner().config.optimizations.contains(Optimizations::REMEMBERED_WALKS);
+        if remembers && let Ok(translation) = walk(&self.paging, &self.memory(), gva, Access::FETCH) {
+            self.remember(gva, &translation);
+        }
+        Ok(InstructionBytes { bytes, len })
     }
 
     /// Reads and checks the page-directory-pointer entries at the state's CR3, as a load of CR3 in PAE mode does

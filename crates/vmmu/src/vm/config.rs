@@ -24,6 +24,8 @@ bitflags! {
         const MMIO_ENTRIES = 1 << 1;
         /// Faults ask the backing for what it has at once, inside their section, before they ask it to wait.
         const RESOLVE_AT_ONCE = 1 << 2;
+        /// Instruction fetches remember the walks of the guest's tables that they made.
+        const REMEMBERED_WALKS = 1 << 3;
     }
 }
 
