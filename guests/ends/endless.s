@@ -1,0 +1,5 @@
+# Never ends.
+.include "multiboot.inc"
+start:
+	jmp start
+image_end:

@@ -1,0 +1,174 @@
+//! The loop around the guest: enter (and prepare, where something came up), account, handle.
+//!
+//! Invariant: between `enter` and `ran` nothing happens but the world switch and two reads of the clock.
+
+use super::exits;
+use super::processor::Processor;
+use super::vmcb::exit;
+use crate::guest::End;
+use crate::guest::devices::Devices;
+use crate::guest::ports::Ports;
+use crate::guest::services::Services;
+use crate::machine::cpu;
+use crate::memory::MachineHost;
+use vmmu::{PhysCpu, Vcpu};
+
+/// Exits that are kept for the report.
+pub(crate) const TRAIL: usize = 16;
+
+/// An exit as it is kept.
+#[derive(Clone, Copy, Default)]
+pub(crate) struct Exit {
+    /// Its code.
+    pub(crate) code: u64,
+    /// Its first word of information.
+    pub(crate) info_1: u64,
+    /// Its second word of information.
+    pub(crate) info_2: u64,
+    /// Where the guest was.
+    pub(crate) rip: u64,
+}
+
+/// What the run cost and did so far.
+pub(crate) struct Account {
+    /// Exits by code; the last place counts all codes from there on but nested faults, which count in
+    /// the one before.
+    pub(crate) exits: [u64; Self::CODES],
+    /// The last exits, in a ring.
+    trail: [Exit; TRAIL],
+    /// Exits in all.
+    pub(crate) count: u64,
+    /// The clock when the run began.
+    began: u64,
+    /// The sum of the clock at entries less its sum at exits and at the beginning.
+    outside: u64,
+}
+
+impl Account {
+    const CODES: usize = 258;
+    /// Where nested faults are counted.
+    pub(crate) const NESTED: usize = 256;
+    /// Where exits with no place of their own are counted.
+    pub(crate) const OTHER: usize = 257;
+
+    fn new() -> Self {
+        let began = cpu::tsc();
+        Self {
+            exits: [0; Self::CODES],
+            trail: [Exit::default(); TRAIL],
+            count: 0,
+            began,
+            outside: 0u64.wrapping_sub(began),
+        }
+    }
+
+    /// Ticks of the clock in the guest and outside of it, now that it is outside.
+    pub(crate) fn ticks(&self) -> (u64, u64) {
+        let now = cpu::tsc();
+        let outside = self.outside.wrapping_add(now);
+        ((now - self.began).wrapping_sub(outside), outside)
+    }
+
+    #[inline(always)]
+    fn note(&mut self, exit: Exit) {
+        let place = match exit.code {
+            exit::NESTED_FAULT => Self::NESTED,
+            #[allow(clippy::cast_possible_truncation)] // below 256
+            code @ 0..=255 => code as usize,
+            _ => Self::OTHER,
+        };
+        self.exits[place] += 1;
+        #[allow(clippy::cast_possible_truncation)] // masked
+        let slot = self.count as usize & (TRAIL - 1);
+        self.trail[slot] = exit;
+        self.count += 1;
+    }
+
+    /// The last exits, oldest first.
+    pub(crate) fn last(&self) -> impl Iterator<Item = &Exit> {
+        let first = self.count.saturating_sub(TRAIL as u64);
+        #[allow(clippy::cast_possible_truncation)] // masked
+        (first..self.count).map(|n| &self.trail[n as usize & (TRAIL - 1)])
+    }
+}
+
+/// A guest that runs.
+pub(crate) struct Machine {
+    /// Its processor, as SVM keeps it.
+    pub(crate) processor: Processor,
+    /// Its processor, as the library knows it.
+    pub(crate) vcpu: Vcpu<MachineHost>,
+    /// The processor it runs on.
+    pub(crate) physical: PhysCpu,
+    /// Its ports.
+    pub(crate) ports: Ports,
+    /// Its devices.
+    pub(crate) devices: Devices,
+    /// The payload's services.
+    pub(crate) services: Services,
+    /// What it cost so far.
+    pub(crate) account: Account,
+    /// Repeated faults.
+    pub(crate) storm: exits::Storm,
+}
+
+impl Machine {
+    /// A guest about to run.
+    pub(crate) fn new(
+        processor: Processor,
+        vcpu: Vcpu<MachineHost>,
+        physical: PhysCpu,
+        ports: Ports,
+        devices: Devices,
+        services: Services,
+    ) -> Self {
+        let mut machine = Self {
+            processor,
+            vcpu,
+            physical,
+            ports,
+            devices,
+            services,
+            account: Account::new(),
+            storm: exits::Storm::default(),
+        };
+        for ports in machine.ports.intercepted() {
+            machine.processor.ports.intercept(ports);
+        }
+        machine
+    }
+
+    /// Runs the guest to its end.
+    pub(crate) fn run(&mut self) -> End {
+        loop {
+            if let Err(end) = self.step() {
+                self.ports.flush();
+                return end;
+            }
+        }
+    }
+
+    /// From one exit to the next, and through its handler.
+    #[inline(always)]
+    fn step(&mut self) -> Result<(), End> {
+        let Ok(entry) = self.vcpu.enter(&mut self.physical) else {
+            return self.vcpu.prepare().map_err(End::error);
+        };
+        let before = cpu::tsc();
+        // SAFETY: the root is the library's, which maps what the slots say and nothing else, and keeps it valid
+        // until the entry is over.
+        unsafe { self.processor.enter(entry.root().raw(), entry.tag(), entry.flush()) };
+        let after = cpu::tsc();
+        entry.ran();
+        self.account.outside = self.account.outside.wrapping_add(before).wrapping_sub(after);
+        let control = &self.processor.vmcb.control;
+        let exit = Exit {
+            code: control.exit_code,
+            info_1: control.exit_info_1,
+            info_2: control.exit_info_2,
+            rip: self.processor.vmcb.save.rip,
+        };
+        self.account.note(exit);
+        exits::handle(self, exit)
+    }
+}
