@@ -50,8 +50,6 @@ macro_rules! statistics {
             $($(#[$doc])* pub $name: u64,)*
             /// Faults that installed or upgraded a leaf, of whatever size.
             pub pf_fixed: u64,
-            /// Table pages linked below roots, now.
-            pub table_pages: u64,
             /// Bytes of table memory that the host has handed out, now.
             pub table_bytes: u64,
             /// Table pages that were unlinked and wait for their grace, now.
@@ -77,7 +75,6 @@ macro_rules! statistics {
                 [
                     $((stringify!($name), self.$name),)*
                     ("pf_fixed", self.pf_fixed),
-                    ("table_pages", self.table_pages),
                     ("table_bytes", self.table_bytes),
                     ("table_pages_retired", self.table_pages_retired),
                     ("roots", self.roots),
@@ -112,6 +109,8 @@ statistics! {
     pf_fixed_2m,
     /// Faults that installed or upgraded a leaf of 1 GiB.
     pf_fixed_1g,
+    /// Table pages linked below roots, now.
+    table_pages,
     /// Leaves of 4 KiB, now.
     pages_4k,
     /// Leaves of 2 MiB, now.

@@ -193,7 +193,8 @@ impl<F: Format> Tdp<F> {
                         to.cache.put_back(page);
                         return Err(Stopped::Retry);
                     }
-                    tables.linked(page.into_inner());
+                    page.into_inner().hand_over();
+                    to.shared.line().counters.table_pages.add(1);
                     table
                 }
                 Entry::Leaf(leaf) => {
@@ -234,8 +235,9 @@ impl<F: Format> Tdp<F> {
             to.cache.put_back(PreparedPage::new(&tables, &self.format, page));
             return Err(Stopped::Retry);
         }
-        tables.linked(page);
+        page.hand_over();
         let counters = &to.shared.line().counters;
+        counters.table_pages.add(1);
         counters.pages(large).sub(1);
         counters.pages(small).add(ENTRIES as u64);
         counters.pages_split.add(1);

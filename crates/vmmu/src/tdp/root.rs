@@ -70,8 +70,8 @@ impl Roots {
         }
         list.push(new.clone());
         drop(list);
-        // The list owns the page from now on; `take_zapped` hands it out again.
-        let _owned_by_the_list = page.into_inner();
+        // Whoever removes the root from the list gets the page back.
+        page.into_inner().hand_over();
         (new, None)
     }
 

@@ -64,7 +64,6 @@ impl<F: Format> Tdp<F> {
             if let Some(level) = level.filter(|level| *level > Level::L1) {
                 for cell in tables.page(page, &section).entries() {
                     if let Entry::Link(child) = self.format.decode(cell.load(), level) {
-                        tables.unlinked();
                         pending.push(&tables, child);
                     }
                 }

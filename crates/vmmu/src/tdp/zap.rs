@@ -110,7 +110,7 @@ impl<F: Format> Tdp<F> {
                 Entry::Empty | Entry::Mmio(_) | Entry::Frozen => {}
             }
         }
-        tables.unlinked();
+        counters.table_pages.sub(1);
         counters.mmu_shadow_zapped.add(1);
         removed.pages.push(&tables, table);
     }

@@ -301,7 +301,8 @@ impl Readers {
     /// A line for a vCPU (by number) or a thread. It is published: scans see it from now on.
     pub(crate) fn take(&self, vcpu: Option<VcpuId>) -> &Line {
         loop {
-            if let Some(line) = self.iter().find(|line| !line.taken.swap(true, AcqRel)) {
+            let free = |line: &&Line| !line.taken.load(Relaxed) && !line.taken.swap(true, AcqRel);
+            if let Some(line) = self.iter().find(free) {
                 line.owner.store(vcpu.map_or(NO_VCPU, VcpuId::number), Relaxed);
                 line.requests.store(0, Relaxed);
                 return line;

@@ -15,6 +15,8 @@ pub(crate) mod access;
 pub(crate) mod enter;
 pub(crate) mod fault;
 pub(crate) mod remembered;
+#[cfg(test)]
+mod tests;
 pub(crate) mod translate;
 
 pub use access::Reader;

@@ -223,7 +223,6 @@ impl<H: Host> Vm<H> {
             }
         }
         stats.pf_fixed = stats.pf_fixed_4k.wrapping_add(stats.pf_fixed_2m).wrapping_add(stats.pf_fixed_1g);
-        stats.table_pages = inner.arena.live();
         stats.table_bytes = inner.arena.bytes();
         stats.table_pages_retired = inner.reclaim.waiting();
         stats.roots = inner.tdp.roots.all().len() as u64;
