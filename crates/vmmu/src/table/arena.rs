@@ -53,7 +53,9 @@ impl FreePage {
         self.0
     }
     /// Gives the page to whatever entry or list names it from now on.
-    pub(crate) fn hand_over(self) {}
+    pub(crate) fn hand_over(self) -> Hpa {
+        self.0
+    }
 }
 
 impl fmt::Debug for FreePage {
