@@ -171,11 +171,12 @@ impl Slot {
 
     /// The highest level at which `gfn` may be mapped: the aligned block lies wholly inside the slot, the frames
     /// agree modulo the block, and neither `size` nor `limit` is exceeded (T75, M26, M27).
-    #[inline]
+    #[inline(always)]
     pub(crate) fn leaf_level(&self, gfn: Gfn, pfn: Pfn, size: PageSize, limit: Level) -> Level {
-        if size == PageSize::Size4K {
-            return Level::L1;
-        }
+        if size == PageSize::Size4K { Level::L1 } else { self.large_leaf_level(gfn, pfn, size, limit) }
+    }
+
+    fn large_leaf_level(&self, gfn: Gfn, pfn: Pfn, size: PageSize, limit: Level) -> Level {
         let mut level = size.level().min(limit);
         while level > Level::L1 {
             let congruent = (gfn.raw() ^ pfn.raw()) & (level.pages() - 1) == 0;

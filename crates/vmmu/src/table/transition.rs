@@ -22,7 +22,7 @@ pub(crate) struct Illegal;
 
 /// Judges the change from `old` to `new`. `root_is_valid` is false where the root was invalidated and that
 /// shootdown has ended: then processors cannot reach the entry (T148j).
-#[inline]
+#[inline(always)]
 pub(crate) fn judge(old: Entry, new: Entry, root_is_valid: bool) -> Result<Flush, Illegal> {
     let flush = match (old, new) {
         // A leaf or a link that takes the place of the other, or of nothing.

@@ -118,7 +118,7 @@ impl<F: Format> Tdp<F> {
         want: Wanted,
         cache: &mut Cache,
     ) -> Mapped<'s> {
-        if (want.gfn.raw() ^ want.pfn.raw()) & (want.level.pages() - 1) != 0 {
+        if want.level > Level::L1 && (want.gfn.raw() ^ want.pfn.raw()) & (want.level.pages() - 1) != 0 {
             return Mapped::Broken(Bug::Misaligned { gfn: want.gfn, pfn: want.pfn, level: want.level });
         }
         if at.level == want.level {
@@ -129,6 +129,7 @@ impl<F: Format> Tdp<F> {
 
     /// The rest of [`Tdp::map`]: the position is not at the wanted level, so a table is to be linked, a large
     /// leaf split, or a table stands where a large leaf is wanted.
+    #[inline(never)]
     fn map_elsewhere<'s, H: Host>(
         &self,
         env: Env<'s, H>,
@@ -244,8 +245,8 @@ impl<F: Format> Tdp<F> {
         Ok(table)
     }
 
-    /// Installs the leaf at its own level.
-    #[inline]
+    /// Installs the leaf at its own level: where nothing was, by this short way (T148a: nothing is owed).
+    #[inline(always)]
     fn install<'s, H: Host>(
         &self,
         env: Env<'s, H>,
@@ -254,14 +255,40 @@ impl<F: Format> Tdp<F> {
         want: Wanted,
     ) -> Mapped<'s> {
         let Some(size) = PageSize::at(at.level) else { return Mapped::Retry };
-        let mut leaf = Leaf {
+        let leaf = Leaf {
             pfn: want.pfn.align_down(at.level),
             writable: want.writable,
             executable: true,
             accessed: true,
             dirty: want.writable == Writable::Yes,
         };
-        let old = self.format.decode(at.raw, at.level);
+        if at.raw != self.format.empty() {
+            return self.replace(env, shared, at, want, leaf, size);
+        }
+        let new = Entry::Leaf(leaf);
+        debug_assert_eq!(judge(Entry::Empty, new, true), Ok(Flush::None));
+        if at.cell.compare_exchange(at.raw, self.format.encode(new, at.level)).is_err() {
+            return Mapped::Retry;
+        }
+        let counters = &shared.line().counters;
+        counters.fixed(size).add(1);
+        counters.pages(size).add(1);
+        Mapped::Fixed(size)
+    }
+
+    /// Installs the leaf in place of what stands there: a leaf with fewer permissions, an MMIO entry, or a table
+    /// of smaller pages.
+    fn replace<'s, H: Host>(
+        &self,
+        env: Env<'s, H>,
+        shared: &'s Shared<'_>,
+        at: Position<'s>,
+        want: Wanted,
+        mut leaf: Leaf,
+        size: PageSize,
+    ) -> Mapped<'s> {
+        let (gfn, level) = (want.gfn, at.level);
+        let old = self.format.decode(at.raw, level);
         match old {
             Entry::Empty | Entry::Mmio(_) | Entry::Link(_) => {}
             Entry::Frozen => return Mapped::Retry,
@@ -270,7 +297,6 @@ impl<F: Format> Tdp<F> {
                     return Mapped::Spurious;
                 }
                 if old.pfn != leaf.pfn {
-                    let (gfn, level) = (want.gfn, at.level);
                     return Mapped::Broken(Bug::LeafRetargeted {
                         gfn,
                         level,
@@ -286,9 +312,8 @@ impl<F: Format> Tdp<F> {
             }
         }
         let new = Entry::Leaf(leaf);
-        let raw = self.format.encode(new, at.level);
+        let raw = self.format.encode(new, level);
         let Ok(flush) = judge(old, new, true) else {
-            let (gfn, level) = (want.gfn, at.level);
             return Mapped::Broken(Bug::IllegalTransition { gfn, level, old: at.raw.0, new: raw.0 });
         };
         if at.cell.compare_exchange(at.raw, raw).is_err() {
@@ -296,20 +321,16 @@ impl<F: Format> Tdp<F> {
         }
         let counters = &shared.line().counters;
         counters.fixed(size).add(1);
-        match old {
-            Entry::Leaf(_) => {}
-            Entry::Link(table) => {
-                counters.pages(size).add(1);
-                counters.pages_collapsed.add(1);
-                let mut removed = Removed::new(env.tlb);
-                if flush != Flush::None {
-                    removed.owe(GfnRange::block(want.gfn, at.level));
-                }
-                self.remove_table(env, shared, table, at.level, &mut removed);
-                return Mapped::Collapsed(size, removed);
-            }
-            _ => counters.pages(size).add(1),
+        if !matches!(old, Entry::Leaf(_)) {
+            counters.pages(size).add(1);
         }
-        Mapped::Fixed(size)
+        let Entry::Link(table) = old else { return Mapped::Fixed(size) };
+        counters.pages_collapsed.add(1);
+        let mut removed = Removed::new(env.tlb);
+        if flush != Flush::None {
+            removed.owe(GfnRange::block(gfn, level));
+        }
+        self.remove_table(env, shared, table, level, &mut removed);
+        Mapped::Collapsed(size, removed)
     }
 }

@@ -53,7 +53,7 @@ impl MmuLock {
 
     /// Takes Shared, waiting while somebody wants or has Exclusive. May be called from *walking*, whose
     /// section then goes on afterwards, and, joining it, from Shared itself.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn shared<'t, H: Host>(&'t self, tlb: &'t Tlb, line: &'t Line, host: &H) -> Shared<'t> {
         loop {
             let before = line.raise(State::Mapping, &tlb.generation);
@@ -65,9 +65,14 @@ impl MmuLock {
                 return Shared { line, before, _not_send: PhantomData };
             }
             line.restore(before);
-            while self.flag.load(Acquire) {
-                host.relax();
-            }
+            self.wait_for_writer(host);
+        }
+    }
+
+    #[cold]
+    fn wait_for_writer<H: Host>(&self, host: &H) {
+        while self.flag.load(Acquire) {
+            host.relax();
         }
     }
 

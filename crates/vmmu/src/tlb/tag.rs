@@ -1,22 +1,21 @@
-//! Tags: the ASIDs or VPIDs of one physical processor, and the notes of what was flushed under them
+//! Tags: the ASIDs or VPIDs of one physical processor, and what is known to be flushed under them
 //! (PROTOCOLS 3).
 //!
-//! A [`PhysCpu`] is private to its processor and shared by all VMs that run there. Invariants: a note is
-//! written only by an entry that ran, and holds the generation published at that entry; a tag is never given
-//! to a second owner before a wrap, and the flush of everything that a wrap owes stays owed until an entry
-//! that carried it ran.
+//! A [`PhysCpu`] is private to its processor and shared by all VMs that run there. A tag is given to one vCPU
+//! in one root and to nobody else before a wrap, which begins a new *era*; so a vCPU's note of its last run (era,
+//! root, tag, generation) holds exactly while era and root are the same, and needs no table here. Invariants: a
+//! note is written only by an entry that ran, and holds the generation published at that entry; the flush of
+//! everything that a wrap owes stays owed until an entry that carried it ran.
 
 use crate::sync::{AtomicU64, Ordering};
 use alloc::boxed::Box;
 use alloc::vec;
 use core::marker::PhantomData;
 
-/// Notes kept for one processor. Two tags that share a place cost the one that lost it a fresh tag.
-const NOTES: usize = 1024;
 /// Guest-physical notes kept for one processor.
 const ROOT_NOTES: usize = 64;
 
-/// A number that nothing else in this program has: names roots and processors in notes.
+/// A number that nothing else in this program has: names roots, and eras of processors.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) struct Identity(u64);
 
@@ -82,30 +81,12 @@ pub enum EntryFlush {
     All,
 }
 
-/// Whose translations a tag holds: a vCPU in a root. Roots are numbered across VMs, so this names the VM too.
+/// A vCPU's note of its last run: under which tag, and up to which generation that tag was flushed.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(crate) struct Owner {
-    pub(crate) vcpu: u32,
-    pub(crate) root: Identity,
-}
-
-#[derive(Clone, Copy, Debug)]
-struct Note {
-    tag: u32,
-    vcpu: u32,
-    root: u64,
+pub(crate) struct Note {
+    era: Identity,
+    root: Identity,
     generation: u64,
-}
-
-impl Note {
-    /// Names no tag: 0 is the host's.
-    const NONE: Self = Self { tag: 0, vcpu: 0, root: 0, generation: 0 };
-}
-
-/// Where and under which tag a vCPU last ran.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(crate) struct LastRun {
-    cpu: Identity,
     tag: u32,
 }
 
@@ -119,40 +100,31 @@ pub(crate) struct Choice {
     pub(crate) fresh: bool,
 }
 
-/// The tags and notes of one logical processor: make one for each, and pass it to every entry there. It is
-/// bound to its processor, so it cannot be sent to another thread.
+/// The tags of one logical processor: make one for each, and pass it to every entry there. It is bound to its
+/// processor, so it cannot be sent to another thread.
 #[derive(Debug)]
 pub struct PhysCpu {
-    identity: Identity,
+    /// The processor since its last wrap.
+    era: Identity,
     tags: TagSet,
     next: u32,
     flush_all_owed: bool,
-    notes: Box<[Note; NOTES]>,
+    /// Up to which generation a root's guest-physical mappings were flushed here.
     root_notes: Box<[(u64, u64)]>,
     _not_send: PhantomData<*const ()>,
 }
 
 impl PhysCpu {
-    /// A processor on which no guest ran since its last flush of everything: the first entry carries one.
-    ///
-    /// # Panics
-    /// Never: the length of the notes is their array's.
+    /// A processor on which anything may be cached: the first entry flushes everything.
     pub fn new(tags: TagSet) -> Self {
-        let notes = vec![Note::NONE; NOTES].into_boxed_slice();
         Self {
-            identity: Identity::new(),
+            era: Identity::new(),
             tags,
             next: tags.first,
             flush_all_owed: true,
-            notes: notes.try_into().expect("as long as the array"),
             root_notes: vec![(0, 0); if tags.tagged_by_root { ROOT_NOTES } else { 0 }].into_boxed_slice(),
             _not_send: PhantomData,
         }
-    }
-
-    #[inline(always)]
-    fn place(tag: u32) -> usize {
-        tag as usize & (NOTES - 1)
     }
 
     #[inline(always)]
@@ -160,28 +132,26 @@ impl PhysCpu {
         root.number() as usize & (ROOT_NOTES - 1)
     }
 
-    /// Chooses the tag and the flush for an entry of `owner`, which published `generation` and last ran at
-    /// `last`. Moves the tag counter, writes no note.
-    #[inline]
-    pub(crate) fn choose(&mut self, owner: Owner, last: Option<LastRun>, generation: u64) -> Choice {
+    /// Chooses the tag and the flush for the entry into `root` of the vCPU with `note`, which published
+    /// `generation`. Moves the tag counter, writes no note.
+    #[inline(always)]
+    pub(crate) fn choose(&mut self, root: Identity, note: Option<Note>, generation: u64) -> Choice {
         let guest_physical = self.tags.tagged_by_root && {
-            let (root, flushed) = self.root_notes[Self::root_place(owner.root)];
-            root != owner.root.number() || flushed < generation
+            let (noted, flushed) = self.root_notes[Self::root_place(root)];
+            noted != root.number() || flushed < generation
         };
-        if let Some(last) = last
-            && last.cpu == self.identity
+        if let Some(note) = note
+            && note.era == self.era
+            && note.root == root
         {
-            let note = &self.notes[Self::place(last.tag)];
-            if note.tag == last.tag && note.root == owner.root.number() && note.vcpu == owner.vcpu {
-                let old = note.generation < generation;
-                if !old || self.tags.flush_by_tag {
-                    let flush = match (self.flush_all_owed, old) {
-                        (true, _) => EntryFlush::All,
-                        (false, true) => EntryFlush::Tag,
-                        (false, false) => EntryFlush::None,
-                    };
-                    return Choice { tag: last.tag, flush, guest_physical, fresh: false };
-                }
+            let old = note.generation < generation;
+            if !old || self.tags.flush_by_tag {
+                let flush = match (self.flush_all_owed, old) {
+                    (true, _) => EntryFlush::All,
+                    (false, true) => EntryFlush::Tag,
+                    (false, false) => EntryFlush::None,
+                };
+                return Choice { tag: note.tag, flush, guest_physical, fresh: false };
             }
         }
         let tag = self.fresh();
@@ -189,10 +159,11 @@ impl PhysCpu {
         Choice { tag, flush, guest_physical, fresh: true }
     }
 
+    #[cold]
     fn fresh(&mut self) -> u32 {
         if self.next - self.tags.first == self.tags.count {
             self.next = self.tags.first;
-            self.notes.fill(Note::NONE);
+            self.era = Identity::new();
             self.flush_all_owed = true;
         }
         let tag = self.next;
@@ -201,18 +172,15 @@ impl PhysCpu {
     }
 
     /// Notes that an entry with `choice` ran.
-    #[inline]
-    pub(crate) fn ran(&mut self, owner: Owner, choice: Choice, generation: u64) -> LastRun {
+    #[inline(always)]
+    pub(crate) fn ran(&mut self, root: Identity, choice: Choice, generation: u64) -> Note {
         if choice.flush == EntryFlush::All {
             self.flush_all_owed = false;
         }
-        let place = Self::place(choice.tag);
-        self.notes[place] = Note { tag: choice.tag, vcpu: owner.vcpu, root: owner.root.number(), generation };
         if choice.guest_physical {
-            let place = Self::root_place(owner.root);
-            self.root_notes[place] = (owner.root.number(), generation);
+            self.root_notes[Self::root_place(root)] = (root.number(), generation);
         }
-        LastRun { cpu: self.identity, tag: choice.tag }
+        Note { era: self.era, root, generation, tag: choice.tag }
     }
 }
 
@@ -220,70 +188,66 @@ impl PhysCpu {
 mod tests {
     use super::*;
 
-    fn owner(vcpu: u32) -> Owner {
-        Owner { vcpu, root: Identity::new() }
-    }
-
     /// PROTOCOLS 3: the first entry anywhere flushes everything; then the note decides.
     #[test]
     fn the_note_decides() {
         let mut cpu = PhysCpu::new(TagSet::asids(16, true));
-        let me = owner(0);
-        let first = cpu.choose(me, None, 1);
+        let root = Identity::new();
+        let first = cpu.choose(root, None, 1);
         assert_eq!(first.flush, EntryFlush::All);
-        let last = Some(cpu.ran(me, first, 1));
-        assert_eq!(cpu.choose(me, last, 1), Choice { flush: EntryFlush::None, fresh: false, ..first });
-        let flushed = cpu.choose(me, last, 2);
+        let note = Some(cpu.ran(root, first, 1));
+        let again = Choice { flush: EntryFlush::None, fresh: false, ..first };
+        assert_eq!(cpu.choose(root, note, 1), again);
+        let flushed = cpu.choose(root, note, 2);
         assert_eq!(flushed, Choice { flush: EntryFlush::Tag, fresh: false, ..first });
         // It did not run: the flush is still due.
-        assert_eq!(cpu.choose(me, last, 2), flushed);
-        cpu.ran(me, flushed, 2);
-        assert_eq!(cpu.choose(me, last, 2).flush, EntryFlush::None);
+        assert_eq!(cpu.choose(root, note, 2), flushed);
+        let note = Some(cpu.ran(root, flushed, 2));
+        assert_eq!(cpu.choose(root, note, 2), again);
     }
 
     /// Without a flush by tag, a fresh tag is the flush.
     #[test]
     fn a_fresh_tag_replaces_the_flush_by_tag() {
         let mut cpu = PhysCpu::new(TagSet::asids(16, false));
-        let me = owner(0);
-        let first = cpu.choose(me, None, 1);
-        let last = Some(cpu.ran(me, first, 1));
-        let second = cpu.choose(me, last, 2);
+        let root = Identity::new();
+        let first = cpu.choose(root, None, 1);
+        let note = Some(cpu.ran(root, first, 1));
+        let second = cpu.choose(root, note, 2);
         assert_ne!(second.tag, first.tag);
-        assert_eq!(second.flush, EntryFlush::None);
+        assert_eq!((second.flush, second.fresh), (EntryFlush::None, true));
     }
 
-    /// Another processor, another root and another vCPU all mean a fresh tag.
+    /// Another processor, another root and no note all mean a fresh tag.
     #[test]
-    fn trust_ends_with_processor_root_and_vcpu() {
+    fn trust_ends_with_processor_and_root() {
         let (mut here, mut there) =
             (PhysCpu::new(TagSet::asids(16, true)), PhysCpu::new(TagSet::asids(16, true)));
-        let me = owner(0);
-        let first = here.choose(me, None, 1);
-        let last = Some(here.ran(me, first, 1));
-        let moved = there.choose(me, last, 1);
-        assert_eq!(moved.flush, EntryFlush::All);
-        for other in [Owner { vcpu: 1, ..me }, Owner { vcpu: 0, root: Identity::new() }] {
-            assert_ne!(here.choose(other, last, 1).tag, first.tag);
-        }
-        // Back after a run elsewhere: the vCPU's record names the other processor.
-        let last = Some(there.ran(me, moved, 1));
-        assert_ne!(here.choose(me, last, 1).tag, first.tag);
+        let root = Identity::new();
+        let first = here.choose(root, None, 1);
+        let note = Some(here.ran(root, first, 1));
+        let moved = there.choose(root, note, 1);
+        assert_eq!((moved.flush, moved.fresh), (EntryFlush::All, true));
+        assert_ne!(here.choose(Identity::new(), note, 1).tag, first.tag);
+        assert_ne!(here.choose(root, None, 1).tag, first.tag);
+        // Back after a run elsewhere: the note names the other processor.
+        let note = Some(there.ran(root, moved, 1));
+        assert_ne!(here.choose(root, note, 1).tag, first.tag);
     }
 
-    /// A wrap drops every note, and its flush stays owed until an entry that carried it ran.
+    /// A wrap ends every note, and its flush stays owed until an entry that carried it ran.
     #[test]
     fn a_wrap_owes_a_flush_of_all_until_an_entry_ran() {
         let mut cpu = PhysCpu::new(TagSet::asids(3, true));
-        let (a, b, c) = (owner(0), owner(1), owner(2));
+        let (a, b, c) = (Identity::new(), Identity::new(), Identity::new());
         let choice = cpu.choose(a, None, 1);
-        let last_a = Some(cpu.ran(a, choice, 1));
+        let note_a = Some(cpu.ran(a, choice, 1));
         let choice = cpu.choose(b, None, 1);
         cpu.ran(b, choice, 1);
         let wrapped = cpu.choose(c, None, 1);
         assert_eq!((wrapped.tag, wrapped.flush), (1, EntryFlush::All));
         // That entry was dropped. The next one still carries the flush, and nobody trusts an old note.
-        let again = cpu.choose(a, last_a, 1);
+        let again = cpu.choose(a, note_a, 1);
         assert_eq!((again.tag, again.flush), (2, EntryFlush::All));
         cpu.ran(a, again, 1);
         assert_eq!(cpu.choose(c, None, 1).flush, EntryFlush::All, "this one wraps again");
@@ -294,15 +258,14 @@ mod tests {
     fn guest_physical_mappings_have_notes_of_their_own() {
         let mut cpu = PhysCpu::new(TagSet::vpids(true));
         let root = Identity::new();
-        let (a, b) = (Owner { vcpu: 0, root }, Owner { vcpu: 1, root });
-        let first = cpu.choose(a, None, 5);
+        let first = cpu.choose(root, None, 5);
         assert!(first.guest_physical);
-        cpu.ran(a, first, 5);
-        // Whoever ran: the other vCPU of the same root finds it flushed, by tag it is new.
-        let second = cpu.choose(b, None, 5);
-        assert!(!second.guest_physical);
-        assert!(cpu.choose(b, None, 6).guest_physical);
+        cpu.ran(root, first, 5);
+        // Whoever ran: another vCPU of the same root finds it flushed, by tag it is new.
+        let second = cpu.choose(root, None, 5);
+        assert!(second.fresh && !second.guest_physical);
+        assert!(cpu.choose(root, None, 6).guest_physical);
         // By identity: another root, even in the same page, has no note.
-        assert!(cpu.choose(owner(0), None, 5).guest_physical);
+        assert!(cpu.choose(Identity::new(), None, 5).guest_physical);
     }
 }

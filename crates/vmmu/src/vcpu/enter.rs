@@ -10,7 +10,7 @@ use crate::addr::Hpa;
 use crate::error::Error;
 use crate::host::Host;
 use crate::sync::full_fence;
-use crate::tlb::tag::{Choice, EntryFlush, Owner, PhysCpu};
+use crate::tlb::tag::{Choice, EntryFlush, Identity, PhysCpu};
 use core::fmt;
 
 /// Something came up between preparation and entry: prepare again.
@@ -31,10 +31,10 @@ impl core::error::Error for Again {}
 pub struct Entry<'a, H: Host> {
     vcpu: &'a mut Vcpu<H>,
     cpu: &'a mut PhysCpu,
-    owner: Owner,
     choice: Choice,
     generation: u64,
     root: Hpa,
+    identity: Identity,
 }
 
 impl<H: Host> Vcpu<H> {
@@ -53,7 +53,7 @@ impl<H: Host> Vcpu<H> {
     ///
     /// # Errors
     /// [`Again`] where something came up since the last [`Vcpu::prepare`].
-    #[inline]
+    #[inline(always)]
     pub fn enter<'a>(&'a mut self, cpu: &'a mut PhysCpu) -> Result<Entry<'a, H>, Again> {
         self.close_forgotten();
         let inner = self.own.inner();
@@ -66,11 +66,10 @@ impl<H: Host> Vcpu<H> {
             line.leave_guest();
             return Err(Again);
         }
-        let owner = Owner { vcpu: self.id.number(), root: root.identity };
-        let choice = cpu.choose(owner, self.last, generation);
-        let root = root.page;
+        let (root, identity) = (root.page, root.identity);
+        let choice = cpu.choose(identity, self.note, generation);
         self.entered = true;
-        Ok(Entry { vcpu: self, cpu, owner, choice, generation, root })
+        Ok(Entry { vcpu: self, cpu, choice, generation, root, identity })
     }
 
     /// Closes an entry that was forgotten: it may have run, under a tag of which nothing is known now.
@@ -78,7 +77,7 @@ impl<H: Host> Vcpu<H> {
     pub(super) fn close_forgotten(&mut self) {
         if self.entered {
             self.entered = false;
-            self.last = None;
+            self.note = None;
             self.own.line().leave_guest();
         }
     }
@@ -115,12 +114,13 @@ impl<H: Host> Entry<'_, H> {
         } else if self.choice.fresh {
             counters.tlb_fresh_tag.add(1);
         }
-        self.vcpu.last = Some(self.cpu.ran(self.owner, self.choice, self.generation));
+        self.vcpu.note = Some(self.cpu.ran(self.identity, self.choice, self.generation));
         // Dropping it takes the line out of the guest.
     }
 }
 
 impl<H: Host> Drop for Entry<'_, H> {
+    #[inline(always)]
     fn drop(&mut self) {
         self.vcpu.entered = false;
         self.vcpu.own.line().leave_guest();

@@ -104,9 +104,19 @@ impl<H: Host> Vcpu<H> {
         if !self.cache.suffices() {
             self.top_up()?;
         }
-        let mut answer = None;
+        match self.pass(fault, None) {
+            Pass::Resume => Ok(Outcome::Resume),
+            Pass::Mmio => Ok(Outcome::Mmio(mmio_access(fault))),
+            other => self.finish(fault, other),
+        }
+    }
+
+    /// The rest of a fault whose first pass did not end it: the backing is asked with nothing announced, as often
+    /// as it takes.
+    #[cold]
+    fn finish(&mut self, fault: Fault, mut pass: Pass) -> Result<Outcome, Error> {
         loop {
-            return match self.pass(fault, answer) {
+            return match pass {
                 Pass::Resume => Ok(Outcome::Resume),
                 Pass::Mmio => Ok(Outcome::Mmio(mmio_access(fault))),
                 Pass::ReadOnly => Ok(Outcome::ReadOnlyWrite(mmio_access(fault))),
@@ -115,7 +125,7 @@ impl<H: Host> Vcpu<H> {
                     let request = ResolveRequest::new(fault.access().write, true);
                     match slot.backing.resolve(slot.page(fault.gpa().gfn()), request) {
                         Ok(resolved) => {
-                            answer = Some((resolved, basis));
+                            pass = self.pass(fault, Some((resolved, basis)));
                             continue;
                         }
                         Err(why) => refused(fault, why),

@@ -32,7 +32,7 @@ use crate::memory::AddressSpace;
 use crate::memory::slots::Hint;
 use crate::table::cache::Cache;
 use crate::tdp::root::Root;
-use crate::tlb::tag::LastRun;
+use crate::tlb::tag::Note;
 use crate::vm::OwnLine;
 use alloc::sync::Arc;
 use core::fmt;
@@ -44,8 +44,8 @@ pub struct Vcpu<H: Host> {
     id: VcpuId,
     space: AddressSpace,
     root: Option<Arc<Root>>,
-    /// Where and under which tag it last ran; what a note may be trusted by.
-    last: Option<LastRun>,
+    /// What it may trust of its last run.
+    note: Option<Note>,
     /// An entry was made and neither ran nor was dropped.
     entered: bool,
     cache: Cache,
@@ -63,7 +63,7 @@ impl<H: Host> Vcpu<H> {
             id,
             space: AddressSpace::NORMAL,
             root: None,
-            last: None,
+            note: None,
             entered: false,
             cache: Cache::default(),
             hint: Hint::default(),
