@@ -10,7 +10,7 @@ use crate::arch::entry::{Entry, Format, Leaf, Raw, Writable};
 use crate::error::Error;
 use crate::host::{Host, ResolveRequest};
 use crate::memory::slots::{Hint, SlotsWriter};
-use crate::memory::{AddressSpace, SlotId};
+use crate::names::{AddressSpace, SlotId};
 use crate::stats::Stats;
 use crate::table::arena::BLOCK_TABLES;
 use crate::tdp::visit::Visit;

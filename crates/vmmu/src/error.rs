@@ -6,8 +6,7 @@
 //! services' specification).
 
 use crate::addr::{Gfn, GfnRange, Gpa, Hpa, Level, Pfn};
-use crate::host::ResolveError;
-use crate::memory::SlotId;
+use crate::names::SlotId;
 use core::fmt;
 
 /// Why a call failed. The VM is as it was before the call.
@@ -75,6 +74,36 @@ pub enum Error {
     /// An invariant was broken earlier; the VM refuses everything (M136).
     Dead,
 }
+
+/// Why a backing has no frame for a page (M79).
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[non_exhaustive]
+pub enum ResolveError {
+    /// The page can be had only by waiting, and the request did not allow that.
+    WouldWait,
+    /// The host has run out of memory.
+    OutOfMemory,
+    /// Nothing stands behind this page.
+    Unbacked,
+    /// The page's memory has failed.
+    Poisoned,
+    /// The wait was interrupted; ask again later.
+    Interrupted,
+}
+
+impl fmt::Display for ResolveError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::WouldWait => "the page can only be had by waiting",
+            Self::OutOfMemory => "the host has run out of memory",
+            Self::Unbacked => "nothing stands behind the page",
+            Self::Poisoned => "the page's memory has failed",
+            Self::Interrupted => "the wait for the page was interrupted",
+        })
+    }
+}
+
+impl core::error::Error for ResolveError {}
 
 /// What is impossible about a configuration.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]

@@ -6,25 +6,10 @@
 //! where a method's own text says so.
 
 use crate::addr::{Hpa, PageSize, Pfn};
-use crate::error::Bug;
+use crate::error::{Bug, ResolveError};
+use crate::names::VcpuId;
 use alloc::vec::Vec;
-use core::fmt;
 use core::ptr::NonNull;
-
-/// A virtual processor, numbered from 0 in the order in which a VM made them.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
-pub struct VcpuId(u32);
-
-impl VcpuId {
-    /// The vCPU numbered `n`.
-    pub const fn new(n: u32) -> Self {
-        Self(n)
-    }
-    /// The number.
-    pub const fn number(self) -> u32 {
-        self.0
-    }
-}
 
 /// The hypervisor around the library.
 ///
@@ -108,36 +93,6 @@ impl Resolved {
         Self { pfn, max_size, writable }
     }
 }
-
-/// Why a backing has no frame for a page (M79).
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-#[non_exhaustive]
-pub enum ResolveError {
-    /// The page can be had only by waiting, and the request did not allow that.
-    WouldWait,
-    /// The host has run out of memory.
-    OutOfMemory,
-    /// Nothing stands behind this page.
-    Unbacked,
-    /// The page's memory has failed.
-    Poisoned,
-    /// The wait was interrupted; ask again later.
-    Interrupted,
-}
-
-impl fmt::Display for ResolveError {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::WouldWait => "the page can only be had by waiting",
-            Self::OutOfMemory => "the host has run out of memory",
-            Self::Unbacked => "nothing stands behind the page",
-            Self::Poisoned => "the page's memory has failed",
-            Self::Interrupted => "the wait for the page was interrupted",
-        })
-    }
-}
-
-impl core::error::Error for ResolveError {}
 
 /// The memory behind one slot.
 ///

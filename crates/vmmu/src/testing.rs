@@ -4,7 +4,8 @@
 
 use crate::addr::{Hpa, Pfn};
 use crate::error::Bug;
-use crate::host::{Host, VcpuId};
+use crate::host::Host;
+use crate::names::VcpuId;
 use core::ptr::NonNull;
 use core::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::alloc::{Layout, alloc, dealloc};

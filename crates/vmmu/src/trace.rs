@@ -4,7 +4,7 @@
 
 use crate::addr::{Gfn, GfnRange, Gpa, PageSize, Pfn};
 use crate::arch::entry::NestedAccess;
-use crate::memory::{AddressSpace, SlotId};
+use crate::names::{AddressSpace, SlotId};
 
 /// One thing that happened.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]

@@ -9,4 +9,4 @@ pub(crate) mod invalidation;
 pub(crate) mod slot;
 pub(crate) mod slots;
 
-pub use slot::{AddressSpace, Region, RegionFlags, SlotId};
+pub use slot::{Region, RegionFlags};

@@ -6,24 +6,10 @@
 use crate::addr::{Gfn, GfnRange, Level, PageSize, Pfn};
 use crate::error::SlotError;
 use crate::host::Backing;
+use crate::names::SlotId;
 use alloc::sync::Arc;
 use bitflags::bitflags;
 use core::fmt;
-
-/// An address space of a VM: 0 is the ordinary one, 1 that of system management mode (M4).
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Default)]
-pub struct AddressSpace(pub(crate) u8);
-
-impl AddressSpace {
-    /// Ordinary memory.
-    pub const NORMAL: Self = Self(0);
-    /// What system management mode sees.
-    pub const SMM: Self = Self(1);
-    /// The number.
-    pub const fn number(self) -> u8 {
-        self.0
-    }
-}
 
 /// Slot numbers of one address space; the top three are internal (M3).
 pub(crate) const SLOT_IDS: u16 = 32_767;
@@ -31,43 +17,6 @@ pub(crate) const SLOT_IDS: u16 = 32_767;
 const USER_SLOT_IDS: u16 = SLOT_IDS - 3;
 /// The most pages of one slot (M3).
 const MAX_SLOT_PAGES: u64 = (1 << 31) - 1;
-
-/// The name of a slot: an address space and a number in it.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct SlotId {
-    pub(crate) space: AddressSpace,
-    pub(crate) id: u16,
-}
-
-impl SlotId {
-    /// Slot `id` of the ordinary address space. 0 to 32,763 are for users.
-    pub const fn new(id: u16) -> Self {
-        Self { space: AddressSpace::NORMAL, id }
-    }
-    /// Slot `id` of `space`.
-    pub const fn in_space(space: AddressSpace, id: u16) -> Self {
-        Self { space, id }
-    }
-    /// The address space.
-    pub const fn space(self) -> AddressSpace {
-        self.space
-    }
-    /// The number.
-    pub const fn id(self) -> u16 {
-        self.id
-    }
-}
-
-impl fmt::Debug for SlotId {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "slot {}:{}", self.space.0, self.id)
-    }
-}
-impl fmt::Display for SlotId {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        fmt::Debug::fmt(self, f)
-    }
-}
 
 bitflags! {
     /// What a slot's user may ask for, by the kernel's values (M2).
@@ -204,6 +153,7 @@ impl fmt::Debug for Slot {
 mod tests {
     use super::*;
     use crate::host::Contiguous;
+    use crate::names::AddressSpace;
 
     fn region(gfn: u64, pages: u64) -> Region {
         Region::new(Gfn::new(gfn), pages, Arc::new(Contiguous::new(Pfn::new(0))))

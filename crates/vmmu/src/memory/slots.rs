@@ -6,11 +6,12 @@
 //! coincide (each starts at its number and advances by the number of spaces); only a holder of the slots
 //! mutex publishes; only a holder of a slot section (or that mutex) reads.
 
-use super::slot::{AddressSpace, Region, Slot, SlotId, validate_id};
+use super::slot::{Region, Slot, validate_id};
 use crate::addr::{Gfn, GfnRange};
 use crate::arch::entry::MMIO_GENERATION_MASK;
 use crate::error::SlotError;
 use crate::host::Host;
+use crate::names::{AddressSpace, SlotId};
 use crate::sync::{AtomicPtr, AtomicU64, Mutex, MutexGuard, Ordering, Rank};
 use crate::tlb::Tlb;
 use crate::tlb::reader::SlotSection;

@@ -146,7 +146,7 @@ mod tests {
     use crate::addr::{PageSize, Pfn};
     use crate::arch::Npt;
     use crate::arch::entry::{NestedAccess, Writable};
-    use crate::memory::AddressSpace;
+    use crate::names::AddressSpace;
     use crate::table::arena::Arena;
     use crate::table::cache::Cache;
     use crate::tdp::map::{Mapped, Wanted};

@@ -6,7 +6,7 @@
 //! announcing a section.
 
 use crate::addr::Hpa;
-use crate::memory::AddressSpace;
+use crate::names::AddressSpace;
 use crate::sync::{AtomicBool, Mutex, MutexGuard, Ordering, Rank};
 use crate::table::cache::PreparedPage;
 use crate::tlb::lock::Exclusive;

@@ -9,7 +9,7 @@ use super::{Env, Tdp};
 use crate::addr::{Gfn, GfnRange, Level};
 use crate::arch::entry::{Entry, Format, Raw};
 use crate::host::Host;
-use crate::memory::AddressSpace;
+use crate::names::AddressSpace;
 use crate::table::cursor::{Cursor, Step};
 use crate::tlb::lock::Exclusive;
 use crate::tlb::reader::Line;

@@ -3,9 +3,10 @@
 //!
 //! | room | holds |
 //! |---|---|
+//! | `generation` | the clock of announcements and removals |
 //! | `reader` | the line in which each vCPU and thread announces what it may be using; sections as guards |
 //! | `lock` | Shared and Exclusive over those lines |
-//! | `shootdown` | the generation, the flush debt, the wait for guests and for sections |
+//! | `shootdown` | the flush debt, the wait for guests and for sections |
 //! | `tag` | ASIDs per physical processor, with notes of what was flushed under them |
 //! | `reclaim` | table pages that wait for their grace |
 //!
@@ -13,6 +14,7 @@
 //! fence, then the first load; every wait looks at lines only after a fence that follows an advance of the
 //! generation; no word is written by every fault.
 
+pub(crate) mod generation;
 pub(crate) mod lock;
 pub(crate) mod reader;
 pub(crate) mod reclaim;
@@ -20,9 +22,9 @@ pub(crate) mod shootdown;
 pub(crate) mod tag;
 
 use crate::host::Host;
+use generation::Generation;
 use lock::MmuLock;
 use reader::Readers;
-use shootdown::Generation;
 
 /// All of a VM's state about who reads what.
 #[derive(Debug)]

@@ -8,9 +8,9 @@
 //! announcement and given back *out*; lines are never freed before the VM, so scans need no lock.
 
 use super::Tlb;
-use super::shootdown::Generation;
+use super::generation::Generation;
 use crate::addr::Hpa;
-use crate::host::VcpuId;
+use crate::names::VcpuId;
 use crate::stats::Counters;
 use crate::sync::{AtomicBool, AtomicPtr, AtomicU32, AtomicU64, Ordering, full_fence};
 use Ordering::{AcqRel, Acquire, Relaxed, Release};

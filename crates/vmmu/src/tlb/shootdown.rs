@@ -9,32 +9,6 @@ use super::reader::{Line, State};
 use crate::addr::GfnRange;
 use crate::error::Bug;
 use crate::host::Host;
-use crate::sync::{AtomicU64, Ordering, full_fence};
-use Ordering::{AcqRel, Acquire};
-
-/// A counter of generations, alone in its cache line.
-#[derive(Debug)]
-#[repr(align(64))]
-pub(crate) struct Generation(AtomicU64);
-
-impl Generation {
-    pub(crate) const fn new() -> Self {
-        // 0 is "since before everything" in a line.
-        Self(AtomicU64::new(1))
-    }
-
-    #[inline(always)]
-    pub(crate) fn now(&self) -> u64 {
-        self.0.load(Acquire)
-    }
-
-    /// Starts the next generation and returns it; lines read after this call are ordered after the advance.
-    pub(crate) fn advance(&self) -> u64 {
-        let next = self.0.fetch_add(1, AcqRel) + 1;
-        full_fence();
-        next
-    }
-}
 
 /// Translations of a range of guest frames that were removed or restricted, and that a processor may still
 /// use. Whoever holds it owes a flush; memory behind it is released only against [`FlushDebt::pay`].
@@ -142,7 +116,7 @@ mod tests {
     use super::*;
     use crate::addr::Gfn;
     use crate::addr::Hpa;
-    use crate::host::VcpuId;
+    use crate::names::VcpuId;
     use crate::testing::QuietHost;
 
     /// PROTOCOLS 3: a vCPU out of the guest costs a shootdown neither a kick nor a wait.

@@ -7,12 +7,12 @@
 use super::Vcpu;
 use crate::addr::{Gpa, PAGE_BYTES};
 use crate::arch::entry::Format;
-use crate::error::Error;
-use crate::host::{Host, ResolveError, ResolveRequest, Resolved};
-use crate::memory::AddressSpace;
+use crate::error::{Error, ResolveError};
+use crate::host::{Host, ResolveRequest, Resolved};
 use crate::memory::access::GuestPage;
 use crate::memory::invalidation::Snapshot;
 use crate::memory::slots::{Hint, SlotGeneration};
+use crate::names::AddressSpace;
 use crate::vm::OwnLine;
 use core::fmt;
 

@@ -7,9 +7,10 @@
 use super::{Inner, OwnLine, Vm};
 use crate::error::Error;
 use crate::host::Host;
+use crate::memory::Region;
 use crate::memory::slot::Slot;
 use crate::memory::slots::{Change, SlotsWriter};
-use crate::memory::{Region, SlotId};
+use crate::names::SlotId;
 use crate::trace::Event;
 use alloc::sync::Arc;
 

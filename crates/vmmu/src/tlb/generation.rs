@@ -1,0 +1,30 @@
+//! The generation: the clock by which announcements and removals are compared (PROTOCOLS 1).
+//!
+//! Invariants: it only grows; every advance is followed by a full fence before any line is read.
+
+use crate::sync::{AtomicU64, Ordering, full_fence};
+use Ordering::{AcqRel, Acquire};
+
+/// A counter of generations, alone in its cache line.
+#[derive(Debug)]
+#[repr(align(64))]
+pub(crate) struct Generation(AtomicU64);
+
+impl Generation {
+    pub(crate) const fn new() -> Self {
+        // 0 is "since before everything" in a line.
+        Self(AtomicU64::new(1))
+    }
+
+    #[inline(always)]
+    pub(crate) fn now(&self) -> u64 {
+        self.0.load(Acquire)
+    }
+
+    /// Starts the next generation and returns it; lines read after this call are ordered after the advance.
+    pub(crate) fn advance(&self) -> u64 {
+        let next = self.0.fetch_add(1, AcqRel) + 1;
+        full_fence();
+        next
+    }
+}
