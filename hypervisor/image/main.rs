@@ -1,12 +1,14 @@
-//! The bare-metal image of the reference hypervisor: boots on a machine with AMD's SVM and nested paging, gives one
-//! guest its memory through `vmmu`, and runs it to its end.
+//! The bare-metal image of the reference hypervisor: boots on a machine with AMD's SVM and nested paging,
+//! gives one guest its memory through `vmmu`, and runs it to its end.
 //!
 //! A multiboot 1 loader starts it (QEMU's `-kernel`, GRUB) with one or two modules: the guest's kernel, whose
-//! arguments are the guest's command line, and an initrd. The kernel is a Linux bzImage or a multiboot 1 image.
-//! The guest owns the machine's devices and its first serial port; the hypervisor speaks on the second.
+//! arguments are the guest's command line, and an initrd. The kernel is a Linux bzImage or a multiboot 1
+//! image. The guest owns the machine's devices and its first serial port; the hypervisor speaks on the
+//! second.
 //!
-//! The command line holds words of these, see [`hypervisor::options`]: `mode=npt`, `layout=scattered|contiguous`,
-//! `seed=N`, `memory=N[K|M|G]`, `levels=4`, `no-next-rip`, `no-decode-assists`, `no-flush-by-asid`.
+//! The command line holds words of these, see [`hypervisor::options`]: `mode=npt`,
+//! `layout=scattered|contiguous`, `seed=N`, `memory=N[K|M|G]`, `levels=4`, `no-next-rip`,
+//! `no-decode-assists`, `no-flush-by-asid`.
 #![no_std]
 #![no_main]
 
@@ -20,6 +22,7 @@ mod svm;
 
 use alloc::sync::Arc;
 use alloc::vec::Vec;
+use core::convert::Infallible;
 use core::ops::Range;
 use core::panic::PanicInfo;
 use guest::devices::Devices;
@@ -55,20 +58,14 @@ extern "C" fn image_main(magic: u32, information: u32) -> ! {
     heap::initialise();
     serial::initialise();
     descriptors::load();
-    match run(magic, information.into()) {
-        Ok(never) => match never {},
-        Err(End::Error(text)) => report::fatal(format_args!("{text}")),
-        Err(end) => report::fatal(format_args!("{end}")),
-    }
+    let Err(end) = run(magic, information.into());
+    report::fatal(format_args!("{end}"))
 }
 
-/// What a function returns that comes back only with an error.
-enum Never {}
-
-/// Everything: the machine, the guest's memory, the guest.
-fn run(magic: u32, information: u64) -> Result<Never, End> {
-    // SAFETY: the boot code maps the first 4 GiB, and nothing changes what the loader and firmware left while it
-    // is read here.
+/// Everything: the machine, the guest's memory, the guest. Comes back only with an error.
+fn run(magic: u32, information: u64) -> Result<Infallible, End> {
+    // SAFETY: the boot code maps the first 4 GiB, and nothing changes what the loader and firmware left while
+    // it is read here.
     let physical = unsafe { IdentityMapped::below(BOOT_MAPPED) };
     let boot = BootInfo::read(magic, information, &physical).map_err(End::error)?;
     let options = Options::parse(&boot.line).map_err(End::error)?;
@@ -76,21 +73,23 @@ fn run(magic: u32, information: u64) -> Result<Never, End> {
     let acpi = Acpi::find(&physical);
     if acpi.processors > 1 {
         let count = acpi.processors;
-        return Err(End::error(format_args!("the machine has {count} processors; this hypervisor drives one")));
+        return Err(End::error(format_args!(
+            "the machine has {count} processors; this hypervisor drives one"
+        )));
     }
 
+    let guest_map = GuestMap::plan(&boot.map, options.memory).map_err(End::error)?;
     let mut free = free_frames(&boot);
     let mapped = paging::load(&mut free, boot.map.ram_end(), levels).map_err(End::error)?;
     grow_heap(&mut free, options.memory)?;
     let capabilities = svm::enable(&options).map_err(End::error)?;
     enable_extended_state();
 
-    let guest_map = GuestMap::plan(&boot.map, options.memory).map_err(End::error)?;
     let files = files(&boot.modules, &physical)?;
     let image = Image::plan(files, &guest_map, acpi.rsdp).map_err(End::error)?;
     let plan = MemoryPlan::new(&options, &guest_map, image.entry, &mut free)?;
     say!(
-        "hypervisor: {}, {} MiB, {levels}-level nested tables, {capabilities:?}",
+        "hypervisor: {}, {} MiB, {levels}-level nested tables, {capabilities}",
         image.kind,
         options.memory >> 20
     );
@@ -102,10 +101,10 @@ fn run(magic: u32, information: u64) -> Result<Never, End> {
     let vm = Vm::new(MachineHost(memory.clone()), config).map_err(End::error)?;
     let region = plan.install(&vm, &guest_map).map_err(End::error)?;
     load::load(&vm, &image).map_err(End::error)?;
-    let entry = image.entry;
-    let guest = image.kind;
+    let Image { kind: guest, entry, .. } = image;
+    // Nothing reads the modules any more.
     for module in &boot.modules {
-        memory.frames(|frames| frames.add(module.range.clone()));
+        memory.frames(|frames| frames.add(module.range.start.max(LOW)..module.range.end));
     }
     let vcpu = vm.vcpu().map_err(End::error)?;
     let frames_taken = free_before.saturating_sub(memory.frames(|frames| frames.free_frames()));
@@ -138,8 +137,8 @@ fn free_frames(boot: &BootInfo) -> FrameMap {
     free
 }
 
-/// Gives the heap what bookkeeping for a guest with `memory` bytes takes: lists with a word for each page, a few
-/// times over while they are made.
+/// Gives the heap what bookkeeping for a guest with `memory` bytes takes: lists with a word for each page, a
+/// few times over while they are made.
 fn grow_heap(free: &mut FrameMap, memory: u64) -> Result<(), End> {
     let bytes = (8 << 20) + (memory / 64).next_multiple_of(PAGE_BYTES);
     let frames = bytes / PAGE_BYTES;
@@ -161,8 +160,8 @@ fn enable_extended_state() {
     if cpu::cpuid(0, 0).eax >= 7 && cpu::cpuid(7, 0).ecx >> 3 & 1 != 0 {
         bits |= cr4::PKE;
     }
-    // SAFETY: the processor has both. Protection keys say nothing of pages that are not the user's, and the host
-    // has no others.
+    // SAFETY: the processor has both. Protection keys say nothing of pages that are not the user's, and the
+    // host has no others.
     unsafe { cpu::set_cr4(cpu::cr4() | bits) };
 }
 
@@ -204,8 +203,8 @@ struct MemoryPlan {
 }
 
 impl MemoryPlan {
-    /// Takes frames for all of `map`'s RAM. A multiboot guest that has all of the payload's test region gets a
-    /// slot of whole blocks for it.
+    /// Takes frames for all of `map`'s RAM. A multiboot guest that has all of the payload's test region gets
+    /// a slot of whole blocks for it.
     fn new(options: &Options, map: &GuestMap, entry: Entry, free: &mut FrameMap) -> Result<Self, End> {
         let (kind, seed) = (options.layout, options.seed);
         let has_region = matches!(entry, Entry::Protected { .. })
@@ -228,9 +227,10 @@ impl MemoryPlan {
         vm: &Vm<MachineHost>,
         map: &GuestMap,
     ) -> Result<Option<(SlotId, Vec<u64>)>, vmmu::Error> {
-        let mut ids = (0..).map(SlotId::new);
+        let mut slots = 0;
         let mut add = |region: Region| -> Result<SlotId, vmmu::Error> {
-            let id = ids.next().unwrap_or(SlotId::new(0));
+            let id = SlotId::new(slots);
+            slots += 1;
             vm.set_region(id, region)?;
             Ok(id)
         };

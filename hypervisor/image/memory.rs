@@ -1,8 +1,8 @@
-//! What the library asks of its host: memory for tables, a way to reach frames, and what stands behind the guest's
-//! pages.
+//! What the library asks of its host: memory for tables, a way to reach frames, and what stands behind the
+//! guest's pages.
 //!
-//! Invariant: a frame that the frame map handed out has one owner: a table block, a slot's backing, the heap. The
-//! host maps all memory at its physical address, so a frame number is a pointer.
+//! Invariant: a frame that the frame map handed out has one owner: a table block, a slot's backing, the heap.
+//! The host maps all memory at its physical address, so a frame number is a pointer.
 
 use crate::machine::spin::Spin;
 use alloc::sync::Arc;
@@ -39,8 +39,8 @@ impl Memory {
 #[derive(Clone)]
 pub(crate) struct MachineHost(pub(crate) Arc<Memory>);
 
-// SAFETY: blocks come from the frame map, which gives each frame to one owner, and all of RAM is mapped at its
-// physical address for as long as the image runs.
+// SAFETY: blocks come from the frame map, which gives each frame to one owner, and all of RAM is mapped at
+// its physical address for as long as the image runs.
 unsafe impl Host for MachineHost {
     fn alloc_tables(&self, order: u8, below_4g: bool) -> Option<Hpa> {
         let limit = below_4g.then_some(1 << 20);
@@ -142,7 +142,8 @@ unsafe impl Backing for OnTouch {
             if *slot == 0 {
                 let frame = touched.free.pop().ok_or(ResolveError::OutOfMemory)?;
                 let at = frame * PAGE_BYTES;
-                // SAFETY: the frame is memory that belongs to this backing alone, mapped at its physical address.
+                // SAFETY: the frame is memory that belongs to this backing alone, mapped at its physical
+                // address.
                 unsafe { core::ptr::write_bytes(at as *mut u8, 0, 4096) };
                 *slot = frame;
             }

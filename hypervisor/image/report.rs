@@ -1,9 +1,9 @@
 //! What the hypervisor says, on its own serial line.
 //!
-//! Lines that begin with `@` are for programs: `@text` a line of the guest's text, `@record` the one JSON object
-//! at the end of a run (see [`finish`]). All others are for people. After the record the run is over: the
-//! emulator's exit port is told 0 for a guest that ended with value 0, 1 for everything else, and the processor
-//! stops.
+//! Lines that begin with `@` are for programs: `@text` a line of the guest's text, `@record` the one JSON
+//! object at the end of a run (see [`finish`]). All others are for people. After the record the run is over:
+//! the emulator's exit port is told 0 for a guest that ended with value 0, 1 for everything else, and the
+//! processor stops.
 
 use crate::guest::End;
 use crate::machine::serial::Serial;
@@ -135,12 +135,8 @@ fn record(
 fn exits(record: &mut Json<'_, Serial>, account: &Account) -> fmt::Result {
     record.number("exits_total", account.count)?;
     let mut exits = record.nested("exits")?;
-    for (code, &count) in (0..).zip(&account.exits).filter(|(_, count)| **count != 0) {
-        match code {
-            Account::NESTED => exits.number("nested_fault", count)?,
-            Account::OTHER => exits.number("other", count)?,
-            code => exits.number(exit::name(code as u64).unwrap_or("unknown"), count)?,
-        }
+    for (name, count) in account.by_name() {
+        exits.number(name, count)?;
     }
     exits.end()
 }

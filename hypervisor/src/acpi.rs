@@ -1,5 +1,5 @@
-//! The few words of ACPI that a hypervisor must know: where its guest would put the machine to sleep or reset it,
-//! and how many processors there are.
+//! The few words of ACPI that a hypervisor must know: where its guest would put the machine to sleep or reset
+//! it, and how many processors there are.
 //!
 //! The tables stay the guest's; this only reads them (ACPI specification, sections 5.2.5 to
 //! 5.2.12). A table with a
@@ -52,17 +52,17 @@ impl Acpi {
             return Self::default();
         };
         let mut found = Self { rsdp: Some(rsdp), ..Self::default() };
-        if let Some(fixed) = Self::table_named(memory, rsdp, b"FACP") {
+        if let Some(fixed) = Self::table_named(memory, rsdp, *b"FACP") {
             found.read_fixed(fixed);
         }
-        if let Some(interrupts) = Self::table_named(memory, rsdp, b"APIC") {
+        if let Some(interrupts) = Self::table_named(memory, rsdp, *b"APIC") {
             found.processors = count_processors(interrupts);
         }
         found
     }
 
     /// The first sound table with this signature behind the root pointer at `rsdp`.
-    fn table_named<'a>(memory: &'a impl Physical, rsdp: u64, name: &[u8; 4]) -> Option<&'a [u8]> {
+    fn table_named(memory: &impl Physical, rsdp: u64, name: [u8; 4]) -> Option<&[u8]> {
         let pointer = memory.bytes(rsdp, 36)?;
         let (root, width) = match (u8_at(pointer, 15)?, u64_at(pointer, 24)?) {
             (2.., root) if root != 0 => (root, 8),
@@ -71,7 +71,7 @@ impl Acpi {
         let entries = table(memory, root)?.get(36..)?;
         entries.chunks_exact(width).find_map(|entry| {
             let at = if width == 8 { u64_at(entry, 0)? } else { u64::from(u32_at(entry, 0)?) };
-            table(memory, at).filter(|table| table.starts_with(name))
+            table(memory, at).filter(|table| table.starts_with(&name))
         })
     }
 

@@ -17,7 +17,8 @@ pub const LOADER_MAGIC: u32 = 0x2BAD_B002;
 const HAS_COMMAND_LINE: u32 = 1 << 2;
 const HAS_MODULES: u32 = 1 << 3;
 const HAS_MAP: u32 = 1 << 6;
-/// Modules that are read: a kernel and an initrd are used, more are an error of the user that is worth naming.
+/// Modules that are read: a kernel and an initrd are used, more are an error of the user that is worth
+/// naming.
 const MODULES_MAX: u32 = 64;
 /// Bytes of a command line that are read.
 const LINE_MAX: u64 = 4096;

@@ -20,11 +20,13 @@ const HYPERVISOR: u32 = 0x4000_0000;
 /// Where its range of leaves ends.
 const HYPERVISOR_END: u32 = 0x4001_0000;
 
-/// The answer for a guest that asks for `leaf` while its CR4 holds `guest_cr4`; `machine` is the processor's own.
+/// The answer for a guest that asks for `leaf` while its CR4 holds `guest_cr4`; `machine` is the processor's
+/// own.
 ///
 /// Hidden: SVM and memory encryption (leaves 0x80000001, 0x8000000A, 0x8000001F), VMX and SMX, control-flow
-/// enforcement (its state is not switched), what needs bits of EFER that a guest may not set, INVLPGB (it needs
-/// leave of the control block), and the leaves of any hypervisor below this one, whose guests' memory this is not.
+/// enforcement (its state is not switched), what needs bits of EFER that a guest may not set, INVLPGB (it
+/// needs leave of the control block), and the leaves of any hypervisor below this one, whose guests' memory
+/// this is not.
 #[inline]
 #[must_use]
 pub fn filter(leaf: u32, subleaf: u32, guest_cr4: u64, machine: Answer) -> Answer {
@@ -41,7 +43,7 @@ pub fn filter(leaf: u32, subleaf: u32, guest_cr4: u64, machine: Answer) -> Answe
             answer.ecx = mirror(answer.ecx, 4, guest_cr4 & cr4::PKE != 0);
         }
         0xD if subleaf == 1 => answer.ecx &= !(0b11 << 11), // state of control-flow enforcement
-        0x8000_0001 => answer.ecx &= !(1 << 2 | 1 << 12), // SVM, SKINIT
+        0x8000_0001 => answer.ecx &= !(1 << 2 | 1 << 12),   // SVM, SKINIT
         0x8000_0008 => {
             answer.ebx &= !(1 << 3 | 1 << 8 | 1 << 13); // INVLPGB, MCOMMIT, interruptible WBINVD
             answer.ebx |= 1 << 20; // no long-mode segment limits

@@ -1,8 +1,8 @@
 //! Which frames of the machine are free: a bit for each 4 KiB frame.
 //!
-//! Invariant: a set bit is a frame that nobody uses; every frame that is handed out was free, is free no more, and
-//! lies wholly in RAM. Searches go on where the last one ended, so that a steady stream of small blocks costs a
-//! few words each.
+//! Invariant: a set bit is a frame that nobody uses; every frame that is handed out was free, is free no
+//! more, and lies wholly in RAM. Searches go on where the last one ended, so that a steady stream of small
+//! blocks costs a few words each.
 
 use alloc::vec::Vec;
 use core::ops::Range;

@@ -1,7 +1,7 @@
 //! From the machine's memory map to the guest's.
 //!
-//! The guest has RAM only at addresses where the machine has RAM, so no device of the machine is ever hidden by
-//! it. Firmware's ranges are the machine's, shown as they are: the guest finds the same tables at the same
+//! The guest has RAM only at addresses where the machine has RAM, so no device of the machine is ever hidden
+//! by it. Firmware's ranges are the machine's, shown as they are: the guest finds the same tables at the same
 //! addresses. Which frames stand behind the guest's RAM is decided elsewhere ([`crate::layout`]).
 
 use crate::memory_map::{Entry, Kind, MemoryMap};
@@ -83,8 +83,8 @@ fn ram_end_from(machine: &MemoryMap, at: u64) -> u64 {
 }
 
 impl GuestMap {
-    /// A guest with RAM from 0 to `memory` (bytes, rounded down to pages), less the hole below 1 MiB. What would
-    /// lie at or above the machine's first hole below 4 GiB continues at 4 GiB.
+    /// A guest with RAM from 0 to `memory` (bytes, rounded down to pages), less the hole below 1 MiB. What
+    /// would lie at or above the machine's first hole below 4 GiB continues at 4 GiB.
     pub fn plan(machine: &MemoryMap, memory: u64) -> Result<Self, GuestMapError> {
         let memory = page_down(memory);
         if memory < SMALLEST {

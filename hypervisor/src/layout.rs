@@ -1,9 +1,9 @@
 //! Which frames stand behind the guest's RAM.
 //!
-//! Scattered, the default, is what a long-lived host looks like: half of the guest's 2 MiB blocks are whole blocks
-//! of the machine at random places, the rest single frames in random order, and no page lies where its guest
-//! address says. Contiguous is one run for each range, aligned so that large pages can map it. Either way the same
-//! seed and memory give the same layout.
+//! Scattered, the default, is what a long-lived host looks like: half of the guest's 2 MiB blocks are whole
+//! blocks of the machine at random places, the rest single frames in random order, and no page lies where its
+//! guest address says. Contiguous is one run for each range, aligned so that large pages can map it. Either
+//! way the same seed and memory give the same layout.
 
 use crate::frame_map::FrameMap;
 use crate::options::LayoutKind;
@@ -71,8 +71,9 @@ impl fmt::Display for OutOfFrames {
 
 impl core::error::Error for OutOfFrames {}
 
-/// Finds frames for `ram` (guest-physical, whole pages) and takes them from `free`. Ranges are cut so that each
-/// begins on a 2 MiB boundary or ends at the first one after its start. On failure `free` may have lost frames.
+/// Finds frames for `ram` (guest-physical, whole pages) and takes them from `free`. Ranges are cut so that
+/// each begins on a 2 MiB boundary or ends at the first one after its start. On failure `free` may have lost
+/// frames.
 pub fn place(
     kind: LayoutKind,
     seed: u64,
@@ -92,8 +93,8 @@ pub fn place(
     .ok_or(out_of_frames)
 }
 
-/// Finds whole 2 MiB blocks of the machine for the guest frames `gfns` (whole 2 MiB blocks too) and takes them from
-/// `free`: the first frame of each. Contiguous or scattered as for [`place`].
+/// Finds whole 2 MiB blocks of the machine for the guest frames `gfns` (whole 2 MiB blocks too) and takes
+/// them from `free`: the first frame of each. Contiguous or scattered as for [`place`].
 pub fn place_whole(
     kind: LayoutKind,
     seed: u64,
@@ -168,8 +169,8 @@ fn scattered(ranges: &[Range<u64>], seed: u64, free: &mut FrameMap) -> Option<Ve
         free.remove(first * PAGE..(first + BLOCK) * PAGE);
     }
 
-    // Single frames come from whole blocks too, broken up, as long as there are any: what is left over then stays
-    // in large pieces for tables.
+    // Single frames come from whole blocks too, broken up, as long as there are any: what is left over then
+    // stays in large pieces for tables.
     let pages = ranges.iter().map(|range| range.end - range.start).sum::<u64>();
     let singles = usize::try_from(pages - chosen.len() as u64 * BLOCK).ok()?;
     let mut frames: Vec<u64> = blocks.iter().flat_map(|&first| first..first + BLOCK).take(singles).collect();

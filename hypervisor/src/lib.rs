@@ -1,10 +1,11 @@
-//! The half of the reference hypervisor that decides from bytes alone: what the loader handed over, which memory
-//! the guest gets and from which frames, whether a file is a kernel and how it is entered, what a register may
-//! hold, how a run is reported.
+//! The half of the reference hypervisor that decides from bytes alone: what the loader handed over, which
+//! memory the guest gets and from which frames, whether a file is a kernel and how it is entered, what a
+//! register may hold, how a run is reported.
 //!
-//! It touches no hardware and no memory but its arguments, so all of it is tested on the host. The other half, in
-//! `image/`, is linked with it into the bare-metal image. Invariant: everything read here comes from outside
-//! (a boot loader, firmware, a file, a guest) and is checked; what is wrong is a typed error that names the value.
+//! It touches no hardware and no memory but its arguments, so all of it is tested on the host. The other
+//! half, in `image/`, is linked with it into the bare-metal image. Invariant: everything read here comes from
+//! outside (a boot loader, firmware, a file, a guest) and is checked; what is wrong is a typed error that
+//! names the value.
 #![no_std]
 
 extern crate alloc;

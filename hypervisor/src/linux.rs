@@ -1,7 +1,8 @@
 //! Linux bzImages by the 64-bit boot protocol (Linux kernel documentation, "The Linux/x86 Boot Protocol").
 //!
-//! Below 1 MiB lie, in this order: the zero page, page tables that map the first 4 GiB one to one, a descriptor
-//! table, the command line. The kernel goes to the address it prefers, the initrd as high as it may.
+//! Below 1 MiB lie, in this order: the zero page, page tables that map the first 4 GiB one to one, a
+//! descriptor table, the command line. The kernel goes to the address it prefers, the initrd as high as it
+//! may.
 
 use crate::bytes::{put, u8_at, u16_at, u32_at, u64_at};
 use crate::guest_image::{Entry, Files, Image, Part, is_ram};
@@ -170,7 +171,7 @@ impl Header {
 }
 
 /// Plans the guest that `files` make in the memory of `map`.
-#[allow(clippy::cast_possible_truncation)] // addresses are below 4 GiB here, and the wide halves are given too
+#[allow(clippy::cast_possible_truncation)] // addresses below 4 GiB, and the upper halves are given too
 pub(crate) fn plan<'a>(files: Files<'a>, map: &GuestMap, rsdp: Option<u64>) -> Result<Image<'a>, LinuxError> {
     let header = Header::read(files.kernel)?;
     let kernel = &files.kernel[header.kernel..];

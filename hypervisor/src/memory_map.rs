@@ -1,7 +1,8 @@
 //! What lies where in an address space of physical memory, as firmware reports it (the e820 map).
 //!
-//! Invariant of a [`MemoryMap`]: its entries are sorted, not empty, and do not overlap; neighbours of one kind are
-//! one entry. Where a report contradicts itself, the kind that promises less wins: RAM loses to everything.
+//! Invariant of a [`MemoryMap`]: its entries are sorted, not empty, and do not overlap; neighbours of one
+//! kind are one entry. Where a report contradicts itself, the kind that promises less wins: RAM loses to
+//! everything.
 
 use alloc::vec::Vec;
 use core::ops::Range;

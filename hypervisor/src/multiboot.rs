@@ -1,7 +1,7 @@
 //! Multiboot 1 guests with address fields (Multiboot Specification 0.6.96).
 //!
-//! The image says itself where it lies; no executable format is understood or needed. The loader's information
-//! goes into one page below 1 MiB, modules behind the image.
+//! The image says itself where it lies; no executable format is understood or needed. The loader's
+//! information goes into one page below 1 MiB, modules behind the image.
 
 use crate::boot_info::LOADER_MAGIC;
 use crate::bytes::{put, u32_at};
@@ -106,7 +106,8 @@ pub fn find(file: &[u8]) -> Option<Header> {
         if magic != HEADER_MAGIC || magic.wrapping_add(flags).wrapping_add(checksum) != 0 {
             return None;
         }
-        // A file that ends within the fields has zeros there: the addresses contradict each other, and are named.
+        // A file that ends within the fields has zeros there: the addresses contradict each other, and are
+        // named.
         let field = |index| word(index).unwrap_or(0);
         Some(Header {
             offset: offset as u64,
@@ -121,7 +122,7 @@ pub fn find(file: &[u8]) -> Option<Header> {
 }
 
 /// Plans the guest that `files`, whose kernel has this `header`, make in the memory of `map`.
-#[allow(clippy::cast_possible_truncation)] // offsets within the file; addresses that were checked to be 32-bit
+#[allow(clippy::cast_possible_truncation)] // offsets in the file, and addresses checked to be below 4 GiB
 pub(crate) fn plan<'a>(
     files: Files<'a>,
     header: &Header,

@@ -1,7 +1,7 @@
 //! The hypervisor's own command line.
 //!
-//! Words are compared whole, never by parts: QEMU puts the image's file name first, and a path may hold anything.
-//! A word that is no option is an error, but for a first word, which is that file name.
+//! Words are compared whole, never by parts: QEMU puts the image's file name first, and a path may hold
+//! anything. A word that is no option is an error, but for a first word, which is that file name.
 
 use alloc::string::{String, ToString};
 use core::fmt;

@@ -1,5 +1,5 @@
-//! The record of a run: one line of JSON (RFC 8259), written as it goes and without memory of its own, so that it
-//! can be written when everything else has failed.
+//! The record of a run: one line of JSON (RFC 8259), written as it goes and without memory of its own, so
+//! that it can be written when everything else has failed.
 
 use core::fmt::{self, Display, Write};
 

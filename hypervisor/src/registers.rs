@@ -1,8 +1,8 @@
 //! What a guest may write to the registers whose writes are intercepted: CR4, EFER, XCR0.
 //!
-//! The processor checks nothing of what a hypervisor puts into a guest's saved state, and an emulator may check
-//! less than a processor: so every rule of the manual stands here (AMD64 manual, volume 2, sections 3.1.3, 3.1.7
-//! and 11.5.2). `Err` is always #GP(0).
+//! The processor checks nothing of what a hypervisor puts into a guest's saved state, and an emulator may
+//! check less than a processor: so every rule of the manual stands here (AMD64 manual, volume 2, sections
+//! 3.1.3, 3.1.7 and 11.5.2). `Err` is always #GP(0).
 
 /// Bits of CR0.
 pub mod cr0 {
@@ -95,8 +95,8 @@ pub struct Features {
 }
 
 impl Allowed {
-    /// What a processor with these features lets a guest set. Control-flow enforcement is left out: its state is
-    /// not switched.
+    /// What a processor with these features lets a guest set. Control-flow enforcement is left out: its state
+    /// is not switched.
     pub const fn new(features: &Features) -> Self {
         let Features { leaf_1_ecx: c1, leaf_1_edx: d1, leaf_7_ebx: b7, leaf_7_ecx: c7, .. } = *features;
         let (c8, d8) = (features.extended_1_ecx, features.extended_1_edx);

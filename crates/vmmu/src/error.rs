@@ -5,7 +5,7 @@
 //! [`crate::Host::bug`]. Invariant: every [`Error`] has exactly one error number (section 20 of the memory
 //! services' specification).
 
-use crate::addr::{Gfn, GfnRange, Gpa, Hpa, Level, Pfn};
+use crate::addr::{Gfn, Gpa, Level, Pfn};
 use crate::names::SlotId;
 use core::fmt;
 
@@ -42,11 +42,6 @@ pub enum Error {
     ReadOnly {
         /// The address.
         gpa: Gpa,
-    },
-    /// The slot at this address is just being deleted or moved; try again (M116).
-    SlotChanging {
-        /// The frame.
-        gfn: Gfn,
     },
     /// The host cannot reach this frame (see [`crate::Host::frame_ptr`]).
     Unreachable {
@@ -199,7 +194,6 @@ impl Error {
             },
             Self::NoSlot { .. } => errno::ENOENT,
             Self::ReadOnly { .. } | Self::Unreachable { .. } => errno::EFAULT,
-            Self::SlotChanging { .. } => errno::EAGAIN,
             Self::ReservedBits { .. } => errno::EINVAL,
             Self::Dead => errno::EIO,
         }
@@ -218,9 +212,6 @@ impl fmt::Display for Error {
             Self::Backing { gfn, why } => write!(f, "guest frame {gfn}: {why}"),
             Self::NoSlot { gpa } => write!(f, "no slot holds guest-physical address {gpa}"),
             Self::ReadOnly { gpa } => write!(f, "guest-physical address {gpa} is read-only"),
-            Self::SlotChanging { gfn } => {
-                write!(f, "the slot of guest frame {gfn} is being deleted or moved")
-            }
             Self::Unreachable { gfn, pfn } => {
                 write!(f, "the host cannot reach frame {pfn} behind guest frame {gfn}")
             }
@@ -305,8 +296,6 @@ pub enum Bug {
         /// The level of the leaf.
         level: Level,
     },
-    /// A shootdown by a thread whose own line says that it is in the guest (PROTOCOLS 3).
-    ShootdownInGuest,
     /// An entry changed in a way that no operation may.
     IllegalTransition {
         /// The guest frame.
@@ -317,16 +306,6 @@ pub enum Bug {
         old: u64,
         /// And after.
         new: u64,
-    },
-    /// A debt of flushing was dropped unpaid.
-    UnpaidFlush {
-        /// The guest frames whose old translations may still be in use.
-        range: GfnRange,
-    },
-    /// A link leads to a page that is no table of this VM.
-    ForeignTable {
-        /// Where the link points.
-        at: Hpa,
     },
 }
 
@@ -340,14 +319,9 @@ impl fmt::Display for Bug {
             Self::Misaligned { gfn, pfn, level } => {
                 write!(f, "guest frame {gfn} and host frame {pfn} disagree modulo a {level:?} page")
             }
-            Self::ShootdownInGuest => f.write_str("a shootdown from a thread whose vCPU is in the guest"),
             Self::IllegalTransition { gfn, level, old, new } => {
                 write!(f, "guest frame {gfn} ({level:?}): entry {old:#x} became {new:#x}")
             }
-            Self::UnpaidFlush { range } => {
-                write!(f, "a flush owed for guest frames {range:?} was never paid")
-            }
-            Self::ForeignTable { at } => write!(f, "a link to {at}, which is no table of this VM"),
         }
     }
 }

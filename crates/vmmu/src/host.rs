@@ -36,7 +36,7 @@ pub unsafe trait Host: Send + Sync {
     fn frame_ptr(&self, pfn: Pfn) -> Option<NonNull<u8>>;
 
     /// Forces `vcpu` out of the guest soon. The library waits until the vCPU's exit was reported. Called with
-    /// Shared or nothing held; must neither sleep nor call back.
+    /// locks of the library held; must neither sleep nor call back.
     fn kick(&self, vcpu: VcpuId);
 
     /// Called in loops that wait for another processor. May yield; must not call back.
@@ -104,8 +104,8 @@ impl Resolved {
 pub unsafe trait Backing: Send + Sync {
     /// The frame behind the slot's page number `page`, counted in 4 KiB from the slot's start.
     ///
-    /// Must not call the VM. Called with no lock held; see [`ResolveRequest::may_wait`] for the section that
-    /// may be announced.
+    /// Must not call the VM. Where it may wait, it is called with no lock of the library held and nothing
+    /// announced; where it may not, inside a section, and by the audit under the library's locks.
     fn resolve(&self, page: u64, request: ResolveRequest) -> Result<Resolved, ResolveError>;
 }
 

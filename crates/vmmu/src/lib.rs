@@ -86,8 +86,9 @@
 //! - A kicked vCPU reports its exit. Until then shootdowns wait for it; [`Stats::entry_age`] grows meanwhile.
 //! - Between [`Vcpu::enter`] and [`Entry::ran`] (or the drop) the thread calls nothing of that [`Vm`]: a
 //!   shootdown would wait for the thread's own vCPU.
-//! - A thread that holds an [`Invalidation`] changes no slots and asks for no audit. An invalidation covers
-//!   every large page whole of which it takes a part.
+//! - A thread that holds an [`Invalidation`] changes no slots, asks for no audit, and reads, writes or
+//!   translates nothing in its range: it would wait for itself. An invalidation covers every large page whole of
+//!   which it takes a part.
 //!
 //! Guests are hostile: nothing that a guest does with its memory, its tables or its faults may break the
 //! library. Where an invariant of the library is broken all the same, it is a [`Bug`], reported to
@@ -95,8 +96,8 @@
 //!
 //! # `no_std`, features, memory
 //!
-//! The crate is `no_std` and needs `alloc` and a 64-bit host. One feature, `std`, on by default: loops that wait
-//! yield to the operating system, and debug builds check the order of locks. Build with
+//! The crate is `no_std` and needs `alloc` and a 64-bit host. One feature, `std`, on by default: loops that
+//! wait yield to the operating system, and debug builds check the order of locks. Build with
 //! `default-features = false` on bare metal.
 //!
 //! Table memory comes from [`Host::alloc_tables`], within [`Config::memory_limit`]; having none is a typed
@@ -168,3 +169,8 @@ pub use vcpu::{Again, Entry, InstructionBytes, MemoryFault, MmioAccess, Outcome,
 pub use vm::config::{Config, Optimizations, TableFormat};
 pub use vm::invalidate::Invalidation;
 pub use vm::{Mapping, Vm};
+
+/// The README's example.
+#[cfg(doctest)]
+#[doc = include_str!("../../../README.md")]
+struct Readme;

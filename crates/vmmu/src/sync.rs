@@ -130,6 +130,7 @@ pub(crate) mod order {
     std::thread_local! {
         static HELD: RefCell<Vec<Rank>> = const { RefCell::new(Vec::new()) };
         static INVALIDATIONS: Cell<usize> = const { Cell::new(0) };
+        static IN_GUEST: Cell<usize> = const { Cell::new(0) };
     }
 
     /// Notes that a lock of `rank` is being taken; panics where that breaks the order.
@@ -153,9 +154,25 @@ pub(crate) mod order {
             }
         });
     }
+    fn count(cell: &'static std::thread::LocalKey<Cell<usize>>, up: bool) {
+        cell.set(if up { cell.get() + 1 } else { cell.get().saturating_sub(1) });
+    }
     /// Notes that this thread opened (`true`) or closed an invalidation guard.
     pub(crate) fn invalidation(open: bool) {
-        INVALIDATIONS.set(if open { INVALIDATIONS.get() + 1 } else { INVALIDATIONS.get().saturating_sub(1) });
+        count(&INVALIDATIONS, open);
+    }
+    /// Panics where this thread is about to wait for an invalidation guard that it holds itself.
+    pub(crate) fn waits_for_invalidations() {
+        let open = INVALIDATIONS.get();
+        assert!(open == 0, "memory was asked for under {open} invalidation guards of the same thread");
+    }
+    /// Notes that this thread entered (`true`) or left a guest.
+    pub(crate) fn guest(entered: bool) {
+        count(&IN_GUEST, entered);
+    }
+    /// Panics where this thread is about to wait for guests to leave, and is in one.
+    pub(crate) fn waits_for_guests() {
+        assert!(IN_GUEST.get() == 0, "an operation on the VM between an entry and its end");
     }
 }
 
@@ -169,6 +186,12 @@ pub(crate) mod order {
     pub(crate) fn leave(_: Rank) {}
     #[inline(always)]
     pub(crate) fn invalidation(_: bool) {}
+    #[inline(always)]
+    pub(crate) fn waits_for_invalidations() {}
+    #[inline(always)]
+    pub(crate) fn guest(_: bool) {}
+    #[inline(always)]
+    pub(crate) fn waits_for_guests() {}
 }
 
 /// What the current thread spent on synchronisation, counted in the library's own tests.

@@ -5,7 +5,7 @@
 mod common;
 
 use common::{ChangingBacking, FIRST_FRAME, FRAMES, Handle, Page, Random, TestHost};
-use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex};
 use vmmu::{
     Config, Fault, Gfn, GfnRange, Gpa, Host, Outcome, PageSize, Pfn, PhysCpu, Region, SlotId, TableFormat,
@@ -17,14 +17,22 @@ const VCPUS: u64 = 3;
 const POISON: u64 = 0xDEAD_DEAD_DEAD_DEAD;
 
 /// A frame's word, for the test's own direct access.
-fn frame_word(host: &Handle, pfn: Pfn, index: usize) -> &'static std::sync::atomic::AtomicU64 {
+fn frame_word(host: &Handle, pfn: Pfn, index: usize) -> &'static AtomicU64 {
     let at = host.frame_ptr(pfn).expect("a real frame");
     // SAFETY: inside one page of the host's memory, which outlives the test's threads; aligned.
-    unsafe { at.add(index * 8).cast::<std::sync::atomic::AtomicU64>().as_ref() }
+    unsafe { at.add(index * 8).cast::<AtomicU64>().as_ref() }
 }
 
 fn region(backing: &Arc<ChangingBacking>) -> Region {
     Region::new(Gfn::new(0), PAGES, backing.clone())
+}
+
+/// Lets the vCPUs end whatever becomes of the others.
+struct Stop<'a>(&'a AtomicBool);
+impl Drop for Stop<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Relaxed);
+    }
 }
 
 /// PROTOCOLS 2 to 5, M66–M73: the races of moving memory under running vCPUs.
@@ -43,13 +51,16 @@ fn pages_move_under_running_vcpus() {
     }
     vm.set_region(SlotId::new(0), region(&backing)).expect("valid");
     let stop = AtomicBool::new(false);
-    let moved = std::sync::atomic::AtomicU64::new(0);
+    let (moved, rounds) = (AtomicU64::new(0), AtomicU64::new(0));
+    // A scheduler may run one side alone for long: the movers go on until everybody met everybody.
+    let enough = || rounds.load(Relaxed) >= 1000 && vm.stats().remote_tlb_flush >= 20;
 
     std::thread::scope(|s| {
+        let stopper = Stop(&stop);
         let vcpus: Vec<_> = (0..VCPUS)
             .map(|_| {
                 let mut vcpu = vm.vcpu().expect("alive");
-                let (host, stop) = (&host, &stop);
+                let (host, stop, rounds) = (&host, &stop, &rounds);
                 s.spawn(move || {
                     let mut cpu = PhysCpu::new(TagSet::asids(4, true));
                     let id = u64::from(vcpu.id().number());
@@ -59,11 +70,11 @@ fn pages_move_under_running_vcpus() {
                         vcpu.prepare().expect("memory");
                         let Ok(entry) = vcpu.enter(&mut cpu) else { continue };
                         // In the guest: until a kick, or a while.
-                        for _ in 0..random.below(40) {
+                        for _ in 0..random.below(4000) {
                             if host.kicked.load(Relaxed) & 1 << id != 0 {
                                 break;
                             }
-                            std::thread::yield_now();
+                            std::hint::spin_loop();
                         }
                         host.kicked.fetch_and(!(1 << id), Relaxed);
                         entry.ran();
@@ -79,6 +90,7 @@ fn pages_move_under_running_vcpus() {
                         let own = Gpa::new((page << 12) + 8 * (id + 1));
                         vcpu.read(own, &mut word).expect("backed");
                         assert_eq!(u64::from_le_bytes(word), written[page as usize], "a write was lost");
+                        rounds.fetch_add(1, Relaxed);
                         written[page as usize] += 1;
                         vcpu.write(own, &written[page as usize].to_le_bytes()).expect("writable");
                     }
@@ -87,13 +99,17 @@ fn pages_move_under_running_vcpus() {
             })
             .collect();
         let movers: Vec<_> = (0..2u64)
-            .map(|n| {
+            .map(|mover| {
                 let (vm, backing, handle, free, moved) = (&vm, &backing, &handle, &free, &moved);
+                let enough = &enough;
                 s.spawn(move || {
-                    let mut random = Random::new(1000 + n);
-                    for _ in 0..1500 {
+                    let mut random = Random::new(1000 + mover);
+                    for n in 0..300_000u64 {
+                        if n >= 1500 && n % 64 == 0 && enough() {
+                            return;
+                        }
                         // Each mover has its own half of the pages, so that one page is not moved twice at once.
-                        let page = random.below(PAGES / 2) * 2 + n;
+                        let page = random.below(PAGES / 2) * 2 + mover;
                         let range = GfnRange::with_len(Gfn::new(page), 1).expect("in range");
                         let guard = vm.invalidate(range).expect("alive");
                         let old = backing.page(page).expect("there");
@@ -109,7 +125,10 @@ fn pages_move_under_running_vcpus() {
                         drop(guard);
                         free.lock().expect("not poisoned").insert(0, old.pfn);
                         moved.fetch_add(1, Relaxed);
+                        // Where there are fewer processors than threads, the vCPUs get theirs.
+                        std::thread::yield_now();
                     }
+                    panic!("vCPUs and movers never met: {:?}", vm.stats());
                 })
             })
             .collect();
@@ -135,7 +154,7 @@ fn pages_move_under_running_vcpus() {
             mover.join().expect("a mover failed");
         }
         changer.join().expect("the changer failed");
-        stop.store(true, Relaxed);
+        drop(stopper);
         for vcpu in vcpus {
             let (id, written) = vcpu.join().expect("a vCPU failed");
             let mut reader = vm.reader().expect("alive");
@@ -146,10 +165,9 @@ fn pages_move_under_running_vcpus() {
             }
         }
     });
-    assert_eq!(moved.load(Relaxed), 3000);
+    assert!(moved.load(Relaxed) >= 3000);
     vm.audit().unwrap_or_else(|broken| panic!("{broken}"));
-    let stats = vm.stats();
-    assert!(stats.pf_fixed > 100 && stats.remote_tlb_flush > 100, "{stats:?}");
+    assert!(enough());
     drop(vm);
     assert_eq!(host.blocks_out(), 0);
 }

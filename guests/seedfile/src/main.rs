@@ -10,7 +10,7 @@ use std::process::ExitCode;
 /// Words that are written at once.
 const CHUNK: usize = 8192;
 
-/// Word `number` of the file: the output function of the SplitMix64 generator over an arithmetic sequence.
+/// Word `number` of the file: the output function of the `SplitMix64` generator over an arithmetic sequence.
 fn word(seed: u64, number: u64) -> u64 {
     let mut x = seed.wrapping_add(number.wrapping_add(1).wrapping_mul(0x9E37_79B9_7F4A_7C15));
     x = (x ^ (x >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);

@@ -1,7 +1,7 @@
 //! Guest-physical addresses without a slot: the machine's devices, reached one access at a time.
 //!
-//! Invariant: what the machine's map calls RAM is never touched here, so neither the hypervisor's own memory nor a
-//! stranger's can be reached; reads of it, and of addresses where nothing can be, give all ones.
+//! Invariant: what the machine's map calls RAM is never touched here, so neither the hypervisor's own memory
+//! nor a stranger's can be reached; reads of it, and of addresses where nothing can be, give all ones.
 
 use crate::machine::device;
 use crate::memory::MachineHost;
@@ -40,13 +40,15 @@ impl Devices {
 
     fn store(&self, at: Gpa, bytes: u8, value: u64) {
         if self.is_device(at, bytes) {
-            // SAFETY: mapped, and no RAM of the machine. The guest owns the devices; their DMA is theirs and its.
+            // SAFETY: mapped, and no RAM of the machine. The guest owns the devices; their DMA is theirs and
+            // its.
             unsafe { device::store(at.raw(), bytes, value) }
         }
     }
 }
 
-/// What an emulated instruction finds behind linear addresses: guest memory where there is some, devices elsewhere.
+/// What an emulated instruction finds behind linear addresses: guest memory where there is some, devices
+/// elsewhere.
 pub(crate) struct DeviceBus<'a> {
     /// Whose translations count.
     pub(crate) vcpu: &'a mut Vcpu<MachineHost>,
@@ -69,8 +71,8 @@ impl From<WalkError> for BusError {
 }
 
 impl DeviceBus<'_> {
-    /// The pieces of an access of `width` at `linear`, each within a page: where it begins, its first byte in the
-    /// value and its length.
+    /// The pieces of an access of `width` at `linear`, each within a page: where it begins, its first byte in
+    /// the value and its length.
     fn pieces(&mut self, linear: u64, width: Width, access: Access) -> Result<[(Gpa, u8, u8); 2], BusError> {
         let bytes = width.bytes();
         let first = self.vcpu.translate(Gva::new(linear), access)?.gpa;
@@ -82,6 +84,13 @@ impl DeviceBus<'_> {
         let room = room as u8;
         let second = self.vcpu.translate(Gva::new(linear.wrapping_add(room.into())), access)?.gpa;
         Ok([(first, 0, room), (second, room, bytes - room)])
+    }
+}
+
+impl DeviceBus<'_> {
+    /// Whether a write of `width` at `linear` would be let through, without making it.
+    pub(crate) fn probe_write(&mut self, linear: u64, width: Width) -> Result<(), BusError> {
+        self.pieces(linear, width, Access::WRITE).map(|_| ())
     }
 }
 

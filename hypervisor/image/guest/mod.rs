@@ -1,5 +1,5 @@
-//! The guest as its own world sees it: loaded files, ports and devices, the services of the benchmark payload, and
-//! the ways in which a run ends. Nothing here knows which virtualisation extension runs it.
+//! The guest as its own world sees it: loaded files, ports and devices, the services of the benchmark
+//! payload, and the ways in which a run ends. Nothing here knows which virtualisation extension runs it.
 
 pub(crate) mod devices;
 pub(crate) mod load;

@@ -1,8 +1,8 @@
 //! The ports that exit, and what becomes of their accesses.
 //!
-//! The guest owns the machine's ports but for these: the hypervisor's serial line, which is not there for it; the
-//! payload's ports 0xE9 (text), 0xF4 (end) and 0xF5 (services); and those by which it would reset the machine or
-//! switch it off, which end the run. Everything else that exits with them goes on to the machine.
+//! The guest owns the machine's ports but for these: the hypervisor's serial line, which is not there for it;
+//! the payload's ports 0xE9 (text), 0xF4 (end) and 0xF5 (services); and those by which it would reset the
+//! machine or switch it off, which end the run. Everything else that exits with them goes on to the machine.
 
 use super::End;
 use crate::machine::{port, serial};
@@ -151,8 +151,8 @@ fn lanes(first: u16, width: u8, value: u32) -> impl Iterator<Item = (u16, u8)> +
 
 #[allow(clippy::cast_possible_truncation)] // the low bytes are what is written
 fn write(first: u16, width: u8, value: u32) {
-    // SAFETY: the guest owns the machine's devices. A device's DMA goes where the guest's driver says; a guest
-    // that is not trusted needs an IOMMU or a wall of ports, which is not this function's to build.
+    // SAFETY: the guest owns the machine's devices. A device's DMA goes where the guest's driver says; a
+    // guest that is not trusted needs an IOMMU or a wall of ports, which is not this function's to build.
     unsafe {
         match width {
             1 => port::out8(first, value as u8),

@@ -1,8 +1,8 @@
 //! What the benchmark payload may ask of its hypervisor (`guests/payload/guest.h`).
 //!
-//! Arguments and answers go through a mailbox in the guest's memory. The *test region* is a slot of its own, and
-//! only that slot changes: deleting it takes every mapping away, and with it every table that only it needed.
-//! Dirty logging and discarding are answered as not available.
+//! Arguments and answers go through a mailbox in the guest's memory. The *test region* is a slot of its own,
+//! and only that slot changes: deleting it takes every mapping away, and with it every table that only it
+//! needed. Dirty logging and discarding are answered as not available.
 
 use super::End;
 use crate::machine::heap;
@@ -38,8 +38,8 @@ pub(crate) struct Services {
 }
 
 impl Services {
-    /// Services for a guest with `memory` bytes. `region` is the test region's slot and the first frames of the
-    /// 2 MiB blocks behind it; `set_up` the bytes that the VM took before it ran.
+    /// Services for a guest with `memory` bytes. `region` is the test region's slot and the first frames of
+    /// the 2 MiB blocks behind it; `set_up` the bytes that the VM took before it ran.
     pub(crate) fn new(
         vm: Vm<MachineHost>,
         memory: u64,

@@ -1,8 +1,9 @@
-# From the multiboot loader to Rust: 32-bit protected mode in, long mode with an identity map of the first 4 GiB out.
+# From the multiboot loader to Rust: 32-bit protected mode in, long mode with an identity map of the first 4
+# GiB out.
 #
-# On entry EAX holds the loader's magic number and EBX the address of its information; both reach `image_main` as
-# they are. Where the processor has LA57 and the command line does not hold the word `levels=4`, paging gets five
-# levels: that must be settled before long mode, and decides the format of the nested tables too.
+# On entry EAX holds the loader's magic number and EBX the address of its information; both reach `image_main`
+# as they are. Where the processor has LA57 and the command line does not hold the word `levels=4`, paging
+# gets five levels: that must be settled before long mode, and decides the format of the nested tables too.
 
 .section .multiboot, "ax"
 .code32
@@ -85,7 +86,8 @@ start32:
 	lgdt boot_gdt_pointer
 	ljmp $8, $start64
 
-# Carry set where the loader's command line (EBX: information) holds the word `levels=4`. Preserves EBX, EBP, EDI.
+# Carry set where the loader's command line (EBX: information) holds the word `levels=4`. Preserves EBX, EBP,
+# EDI.
 wants_four_levels:
 	btl $2, (%ebx)                        # flags: a command line is given
 	jnc 9f

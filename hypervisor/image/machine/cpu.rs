@@ -1,4 +1,5 @@
-//! Registers and instructions of the processor itself, each behind the smallest function that is honest about it.
+//! Registers and instructions of the processor itself, each behind the smallest function that is honest about
+//! it.
 
 use core::arch::asm;
 use core::arch::x86_64::{__cpuid_count, CpuidResult};
@@ -94,8 +95,8 @@ pub(crate) unsafe fn protection_keys() -> u32 {
 /// Writes XCR0.
 ///
 /// # Safety
-/// CR4.OSXSAVE must be set and the processor must take `value`. The host uses x87 and SSE state only, which every
-/// legal value enables or leaves usable.
+/// CR4.OSXSAVE must be set and the processor must take `value`. The host uses x87 and SSE state only, which
+/// every legal value enables or leaves usable.
 #[allow(clippy::cast_possible_truncation)] // the two halves
 pub(crate) unsafe fn set_xcr0(value: u64) {
     // SAFETY: the caller answers for the value.

@@ -1,7 +1,8 @@
 //! Segment descriptors, the task-state segment and the host's exceptions.
 //!
-//! Every exception runs on a stack of its own (IST): the precompiled `core` uses a red zone, and an exception on the
-//! interrupted stack would overwrite it. All but the NMI end the run with a named error. Interrupts stay off.
+//! Every exception runs on a stack of its own (IST): the precompiled `core` uses a red zone, and an exception
+//! on the interrupted stack would overwrite it. All but the NMI end the run with a named error. Interrupts
+//! stay off.
 
 use super::cpu;
 use core::arch::{asm, global_asm};
@@ -93,8 +94,8 @@ struct Pointer {
 #[allow(clippy::cast_possible_truncation)] // sizes of the tables above
 pub(crate) fn load() {
     let tables = TABLES.0.get();
-    // SAFETY: called once, with interrupts off, before the processor knows of the tables: the reference is the
-    // only access. The selectors loaded below name descriptors written here.
+    // SAFETY: called once, with interrupts off, before the processor knows of the tables: the reference is
+    // the only access. The selectors loaded below name descriptors written here.
     unsafe {
         let tables = &mut *tables;
         let top = |stack: &[u8; EXCEPTION_STACK]| stack.as_ptr_range().end as u64;

@@ -1,5 +1,6 @@
-# Entry points of the host's 32 exceptions. Each ends the run: the frame (vector, error code, and what the processor
-# pushed) goes to `host_exception`. The NMI alone returns; it is delivered where GIF is set, never inside Rust code.
+# Entry points of the host's 32 exceptions. Each ends the run: the frame (vector, error code, and what the
+# processor pushed) goes to `host_exception`. The NMI alone returns; it is delivered where GIF is set, never
+# inside Rust code.
 
 .text
 .macro exception vector, has_code
@@ -48,6 +49,7 @@ exception 31, 0
 exception_common:
 	cld
 	movq %rsp, %rdi
+	andq $-16, %rsp
 	call host_exception
 	ud2
 

@@ -1,5 +1,5 @@
-//! The global allocator: a buddy heap that begins with a small static block, so that the machine's own description
-//! can be read, and grows by memory that the frame map hands out.
+//! The global allocator: a buddy heap that begins with a small static block, so that the machine's own
+//! description can be read, and grows by memory that the frame map hands out.
 //!
 //! It is for bookkeeping; table pages and guest memory never come from it.
 

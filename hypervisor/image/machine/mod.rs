@@ -1,7 +1,8 @@
 //! The machine below everything: what is the same whatever virtualisation extension the processor has.
 //!
-//! Boot code, descriptors, host page tables, heap, serial line, port and register access. Nothing here knows of
-//! guests. Invariant: from [`descriptors::load`] on, every exception of the host ends the run with a named error.
+//! Boot code, descriptors, host page tables, heap, serial line, port and register access. Nothing here knows
+//! of guests. Invariant: from [`descriptors::load`] on, every exception of the host ends the run with a named
+//! error.
 
 pub(crate) mod cpu;
 pub(crate) mod descriptors;

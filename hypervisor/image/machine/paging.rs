@@ -1,8 +1,8 @@
 //! The host's own page tables: all memory at its physical address, with the rights that each part needs.
 //!
 //! The image's code can be run and not written, its constants neither, everything else can be written and not
-//! run. Page 0 and the page below the stack are not mapped, so that a null pointer and a stack that overflows end
-//! the run with a named error. The boot code's tables serve until [`load`].
+//! run. Page 0 and the page below the stack are not mapped, so that a null pointer and a stack that overflows
+//! end the run with a named error. The boot code's tables serve until [`load`].
 
 use super::{boot_stack_guard, cpu, image, rodata_end, section, text_end};
 use core::fmt;
@@ -84,8 +84,8 @@ fn rights(address: u64) -> Option<u64> {
     }
 }
 
-/// Builds tables for everything up to `end` (host-physical) at least, loads them, and returns where what they map
-/// ends. `levels` is how many the processor walks, 4 or 5.
+/// Builds tables for everything up to `end` (host-physical) at least, loads them, and returns where what they
+/// map ends. `levels` is how many the processor walks, 4 or 5.
 pub(crate) fn load(frames: &mut FrameMap, end: u64, levels: u32) -> Result<u64, OutOfMemory> {
     let extended = cpu::cpuid(0x8000_0001, 0);
     let physical = 1u64 << (cpu::cpuid(0x8000_0008, 0).eax & 0xFF).clamp(32, 52);
@@ -107,7 +107,8 @@ pub(crate) fn load(frames: &mut FrameMap, end: u64, levels: u32) -> Result<u64, 
         builder.map(address, level, PRESENT | WRITABLE | LARGE | NO_EXECUTE)?;
         address += bytes;
     }
-    // SAFETY: everything the boot code mapped is mapped at the same place, but for the two pages that nobody uses.
+    // SAFETY: everything the boot code mapped is mapped at the same place, but for the two pages that nobody
+    // uses.
     unsafe { cpu::set_cr3(builder.root) };
     Ok(end)
 }

@@ -1,7 +1,7 @@
 //! Host-physical memory as software sees it: identity-mapped.
 //!
-//! The one place that turns a host-physical address into bytes. Plain slices are for memory that no guest and no
-//! device writes: the loader's information, its modules, firmware tables.
+//! The one place that turns a host-physical address into bytes. Plain slices are for memory that no guest and
+//! no device writes: the loader's information, its modules, firmware tables.
 
 use hypervisor::memory_map::Physical;
 
@@ -14,7 +14,8 @@ impl IdentityMapped {
     /// Memory below `limit` is mapped.
     ///
     /// # Safety
-    /// Everything below `limit` that is asked for must be mapped and must not change while a slice of it lives.
+    /// Everything below `limit` that is asked for must be mapped and must not change while a slice of it
+    /// lives.
     pub(crate) const unsafe fn below(limit: u64) -> Self {
         Self { limit }
     }

@@ -10,7 +10,8 @@ const PATIENCE: u32 = 1_000_000;
 
 /// 115200 baud, 8 data bits, no parity, one stop bit, FIFOs on, no interrupts.
 pub(crate) fn initialise() {
-    // 16550 registers: interrupt enable; line control with and without the divisor latch; FIFO; modem control.
+    // 16550 registers: interrupt enable; line control with and without the divisor latch; FIFO; modem
+    // control.
     for (register, value) in [(1, 0x00), (3, 0x80), (0, 0x01), (1, 0x00), (3, 0x03), (2, 0x07), (4, 0x03)] {
         // SAFETY: the UART does no DMA.
         unsafe { out8(BASE + register, value) };

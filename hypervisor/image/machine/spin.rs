@@ -1,7 +1,7 @@
 //! A value behind a lock that spins.
 //!
-//! With one processor, interrupts off and GIF clear it is never contended; it is what makes sharing sound, and
-//! what more processors will need.
+//! With one processor, interrupts off and GIF clear it is never contended; it is what makes sharing sound,
+//! and what more processors will need.
 
 use core::cell::UnsafeCell;
 use core::sync::atomic::{AtomicBool, Ordering};

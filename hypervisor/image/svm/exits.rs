@@ -1,7 +1,7 @@
 //! What each exit means, and what is done about it.
 //!
-//! Invariant: a handler either completes the instruction (and moves past it), injects a fault, or leaves the guest
-//! to try again; everything it cannot do is an end with a name, never a guess.
+//! Invariant: a handler either completes the instruction (and moves past it), injects a fault, or leaves the
+//! guest to try again; everything it cannot do is an end with a name, never a guess.
 
 use super::processor::vector;
 use super::run::{Exit, Machine};
@@ -14,8 +14,8 @@ use hypervisor::cpuid::{self, Answer};
 use hypervisor::registers::{GeneralProtection, cr4, efer};
 use vmmu::{Fault, FetchError, Gpa, Gva, MmioAccess, Outcome, WalkError};
 use vmmu_emulate::{
-    Completion, CpuMode, DecodeError, ExecuteError, Gpr, Instruction, Known, MAX_LENGTH, Op, Width, decode,
-    execute, length_of_known,
+    Bus, Completion, CpuMode, DecodeError, ExecuteError, Gpr, Instruction, Known, MAX_LENGTH, Op, Register,
+    Width, decode, execute, length_of_known,
 };
 
 /// What RAX holds after a hypercall that nobody knows: -ENOSYS.
@@ -281,9 +281,9 @@ fn string_port(machine: &mut Machine, exit: Exit) -> Handled {
     let instruction = fetch_and_decode(machine)?;
     #[allow(clippy::cast_possible_truncation)] // a field of sixteen bits
     let port = (exit.info_1 >> 16) as u16;
-    let moved = vmmu_emulate::Register::low(Gpr::Rcx, instruction.address_width());
+    let count = Register::low(Gpr::Rcx, instruction.address_width());
     let repeats = exit.info_1 >> 3 & 1 != 0;
-    if repeats && moved.read(&machine.processor) == 0 {
+    if repeats && count.read(&machine.processor) == 0 {
         complete(machine, &instruction);
         return Ok(());
     }
@@ -291,15 +291,17 @@ fn string_port(machine: &mut Machine, exit: Exit) -> Handled {
     let (index, width) = match instruction.op() {
         Op::Ins(width) => {
             let to = instruction.string_destination(&machine.processor);
-            let value = machine.ports.input(port, width.bytes());
-            let result = vmmu_emulate::Bus::write(bus, to, width, value.into());
-            result.map_err(|error| access_failed(machine, error))?;
+            // Reading a port takes something away, so it comes after everything that can be refused.
+            let written = bus.probe_write(to, width).and_then(|()| {
+                let value = machine.ports.input(port, width.bytes());
+                bus.write(to, width, value.into())
+            });
+            written.map_err(|error| access_failed(machine, error))?;
             (Gpr::Rdi, width)
         }
         Op::Outs(width) => {
             let from = instruction.string_source(&machine.processor);
-            let value = vmmu_emulate::Bus::read(bus, from, width);
-            let value = value.map_err(|error| access_failed(machine, error))?;
+            let value = bus.read(from, width).map_err(|error| access_failed(machine, error))?;
             #[allow(clippy::cast_possible_truncation)] // ports are at most 32 bits wide
             if let Output::Service(number) = machine.ports.output(port, width.bytes(), value as u32)? {
                 machine.ports.status = machine.services.serve(number, &mut machine.vcpu)?;
@@ -312,12 +314,12 @@ fn string_port(machine: &mut Machine, exit: Exit) -> Handled {
     let downwards = machine.processor.vmcb.save.rflags >> 10 & 1 != 0;
     let step = u64::from(width.bytes());
     let step = if downwards { step.wrapping_neg() } else { step };
-    let index = vmmu_emulate::Register::low(index, instruction.address_width());
+    let index = Register::low(index, instruction.address_width());
     let next = index.read(&machine.processor).wrapping_add(step);
     index.write(&mut machine.processor, next);
     if repeats {
-        let left = moved.read(&machine.processor).wrapping_sub(1);
-        moved.write(&mut machine.processor, left);
+        let left = count.read(&machine.processor).wrapping_sub(1);
+        count.write(&mut machine.processor, left);
         if left != 0 {
             return Ok(());
         }
@@ -396,8 +398,8 @@ fn write_xcr0(machine: &mut Machine) -> Handled {
         return Err(general_protection(machine));
     }
     skip(machine, Known::Xsetbv)?;
-    // SAFETY: the processor has XSAVE, or nothing but a refusal would have come of it, and the host enabled it;
-    // the value was checked against the processor's own mask.
+    // SAFETY: the processor has XSAVE, or nothing but a refusal would have come of it, and the host enabled
+    // it; the value was checked against the processor's own mask.
     unsafe { cpu::set_xcr0(wanted) };
     Ok(())
 }
@@ -439,13 +441,20 @@ fn device(machine: &mut Machine, access: MmioAccess) -> Handled {
         }
         Ok(Completion::Repeat) => Ok(()),
         Err(ExecuteError::Bus(error)) => Err(access_failed(machine, error)),
-        Err(error) => Err(End::error(format_args!(
-            "an access to {}: {:?}: {:?}",
-            access.gpa,
-            instruction.op(),
-            error_name(&error)
-        ))
-        .into()),
+        Err(_) => Err(not_emulated(machine, access)),
+    }
+}
+
+/// An instruction that accesses a device in a way that is not carried out here.
+#[cold]
+fn not_emulated(machine: &mut Machine, access: MmioAccess) -> Stop {
+    let mut bytes = [0; MAX_LENGTH];
+    match fetch(machine, &mut bytes) {
+        Ok(count) => {
+            let bytes = &bytes[..count];
+            Stop::End(End::error(format_args!("no emulation of {bytes:02x?}, which accesses {}", access.gpa)))
+        }
+        Err(stop) => stop,
     }
 }
 
@@ -455,13 +464,5 @@ fn access_failed(machine: &mut Machine, error: BusError) -> Stop {
     match error {
         BusError::Walk(error) => translation_failed(machine, error),
         BusError::Memory(error) => error.into(),
-    }
-}
-
-/// The kind of an error that is not the bus's.
-fn error_name(error: &ExecuteError<BusError>) -> &'static str {
-    match error {
-        ExecuteError::Unsupported(_) => "no emulation of this operation",
-        _ => "not carried out",
     }
 }

@@ -1,7 +1,7 @@
 //! AMD's virtualisation (AMD64 manual, volume 2, chapter 15): control blocks, world switch, exits.
 //!
-//! What the processor offers beyond nested paging is asked, never assumed; the user's options can only take away
-//! from it. Invariant: from [`enable`] on the host runs with GIF clear.
+//! What the processor offers beyond nested paging is asked, never assumed; the user's options can only take
+//! away from it. Invariant: from [`enable`] on the host runs with GIF clear.
 
 pub(crate) mod exits;
 pub(crate) mod permissions;
@@ -21,8 +21,8 @@ const MSR_HOST_SAVE: u32 = 0xC001_0117;
 /// Whether firmware has switched SVM off (bit 4).
 const MSR_VM_CR: u32 = 0xC001_0114;
 
-/// What the processor offers.
-#[derive(Clone, Copy, Debug)]
+/// What the processor offers and the user has not taken away.
+#[derive(Clone, Copy)]
 #[allow(clippy::struct_excessive_bools)] // each is a bit of CPUID
 pub(crate) struct Capabilities {
     /// Address space identifiers, 0 included.
@@ -37,6 +37,20 @@ pub(crate) struct Capabilities {
     pub(crate) gigabyte_pages: bool,
     /// Bits of a physical address.
     pub(crate) physical_bits: u8,
+}
+
+impl fmt::Display for Capabilities {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} ASIDs", self.asids)?;
+        for (used, name) in [
+            (self.next_rip, "next RIP"),
+            (self.decode_assists, "decode assists"),
+            (self.flush_by_asid, "flush by ASID"),
+        ] {
+            write!(f, ", {}{name}", if used { "" } else { "no " })?;
+        }
+        Ok(())
+    }
 }
 
 /// Why SVM cannot be used.

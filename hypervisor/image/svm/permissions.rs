@@ -1,5 +1,5 @@
-//! The maps that say which ports and which model-specific registers exit (AMD64 manual, volume 2, sections 15.10
-//! and 15.11).
+//! The maps that say which ports and which model-specific registers exit (AMD64 manual, volume 2, sections
+//! 15.10 and 15.11).
 //!
 //! Invariant: what is not set here is the guest's own, straight to the machine.
 

@@ -1,8 +1,8 @@
 //! One virtual processor as SVM keeps it: control block, registers, permission maps.
 //!
-//! Everything that handlers do to the guest's state goes through here: reading and writing registers, moving to
-//! the next instruction, injecting exceptions, asking for a flush. Invariant: EFER.SVME stays set in the control
-//! block, where VMRUN demands it, and out of the guest's sight.
+//! Everything that handlers do to the guest's state goes through here: reading and writing registers, moving
+//! to the next instruction, injecting exceptions, asking for a flush. Invariant: EFER.SVME stays set in the
+//! control block, where VMRUN demands it, and out of the guest's sight.
 
 use super::Capabilities;
 use super::permissions::{MsrMap, PortMap};
@@ -43,8 +43,10 @@ pub(crate) struct Processor {
     msrs: Box<MsrMap>,
     pub(crate) capabilities: Capabilities,
     pub(crate) allowed: Allowed,
-    /// The guest changed what its translations mean: the next entry flushes them.
-    flush: bool,
+    /// What flushes one identifier: itself alone, or everything where that cannot be.
+    flush_one: u32,
+    /// What the next entry flushes because the guest changed what its translations mean.
+    flush_wanted: u32,
 }
 
 impl Processor {
@@ -65,7 +67,8 @@ impl Processor {
             msrs,
             capabilities,
             allowed: Allowed::new(&features()),
-            flush: false,
+            flush_one: if capabilities.flush_by_asid { flush::THIS_ASID } else { flush::EVERYTHING },
+            flush_wanted: flush::NOTHING,
         };
         processor.control();
         processor.state(entry);
@@ -99,7 +102,7 @@ impl Processor {
     /// The architectural state at the guest's first instruction.
     fn state(&mut self, entry: Entry) {
         let save = &mut self.vmcb.save;
-        // Present, accessed, writable data with a 4 GiB limit; a busy task segment; an absent local table.
+        // Present, accessed, writable data with a 4 GiB limit; task and local table as after a reset.
         let data = Segment { selector: 0x18, attributes: 0xC93, limit: u32::MAX, base: 0 };
         let code = Segment { selector: 0x10, attributes: 0xC9B, ..data };
         [save.es, save.ss, save.ds, save.fs, save.gs] = [data; 5];
@@ -136,22 +139,21 @@ impl Processor {
     /// Enters the guest with this root, identifier and flush, and returns at its exit.
     ///
     /// # Safety
-    /// The tables at `root` give the guest nothing but what is its own, and stay as they are promised to be until
-    /// this returns.
+    /// The tables at `root` give the guest nothing but what is its own, and stay as they are promised to be
+    /// until this returns.
     #[inline(always)]
     pub(crate) unsafe fn enter(&mut self, root: u64, asid: u32, owed: EntryFlush) {
         let control = &mut self.vmcb.control;
         control.nested_cr3 = root;
         control.asid = asid;
-        control.flush = match (owed, self.flush) {
-            (EntryFlush::None, false) => flush::NOTHING,
-            (EntryFlush::All, _) => flush::EVERYTHING,
-            _ if self.capabilities.flush_by_asid => flush::THIS_ASID,
-            _ => flush::EVERYTHING,
+        control.flush = match owed {
+            EntryFlush::None => self.flush_wanted,
+            EntryFlush::Tag => self.flush_one,
+            EntryFlush::All => flush::EVERYTHING,
         };
-        self.flush = false;
-        // SAFETY: SVM is on with GIF clear since `svm::enable`; both blocks were made by `new`, the maps live as
-        // long as this; the caller answers for the tables.
+        self.flush_wanted = flush::NOTHING;
+        // SAFETY: SVM is on with GIF clear since `svm::enable`; both blocks were made by `new`, the maps live
+        // as long as this; the caller answers for the tables.
         unsafe { switch::run(&mut self.registers, &mut self.vmcb, &self.host) };
         self.vmcb.control.event_injection = 0;
         if self.vmcb.control.exit_interrupt_info & event::VALID != 0 {
@@ -159,8 +161,8 @@ impl Processor {
         }
     }
 
-    /// Has the event delivered again whose delivery the exit cut short. Software interrupts are executed again
-    /// instead: the exit left the instruction pointer at them.
+    /// Has the event delivered again whose delivery the exit cut short. Software interrupts are executed
+    /// again instead: the exit left the instruction pointer at them.
     #[cold]
     fn redeliver(&mut self) {
         let info = self.vmcb.control.exit_interrupt_info;
@@ -178,7 +180,7 @@ impl Processor {
 
     /// Has the next entry flush what the guest's own translations have left behind.
     pub(crate) fn flush_translations(&mut self) {
-        self.flush = true;
+        self.flush_wanted = self.flush_one;
     }
 
     /// How the current instruction is read.
@@ -273,8 +275,8 @@ impl Processor {
         state.has_1g_pages = self.capabilities.gigabyte_pages;
         state.amd_compatible = true;
         if save.cr4 & cr4::PKE != 0 {
-            // SAFETY: a guest can set the bit only where the processor has protection keys, and then the host has
-            // enabled them too.
+            // SAFETY: a guest can set the bit only where the processor has protection keys, and then the host
+            // has enabled them too.
             state.pkru = unsafe { cpu::protection_keys() };
         }
         state

@@ -16,6 +16,10 @@ use vmmu::{PhysCpu, Vcpu};
 /// Exits that are kept for the report.
 pub(crate) const TRAIL: usize = 16;
 
+/// Places for counts of exits. The code of nested faults, 0x400, falls on that of CR0 reads, which nobody asks for.
+const PLACES: usize = 512;
+const _: () = assert!(exit::NESTED_FAULT.is_multiple_of(PLACES as u64));
+
 /// An exit as it is kept.
 #[derive(Clone, Copy, Default)]
 pub(crate) struct Exit {
@@ -31,9 +35,8 @@ pub(crate) struct Exit {
 
 /// What the run cost and did so far.
 pub(crate) struct Account {
-    /// Exits by code; the last place counts all codes from there on but nested faults, which count in
-    /// the one before.
-    pub(crate) exits: [u64; Self::CODES],
+    /// Exits by the low bits of their code: no two that are intercepted share a place.
+    exits: [u64; PLACES],
     /// The last exits, in a ring.
     trail: [Exit; TRAIL],
     /// Exits in all.
@@ -45,16 +48,10 @@ pub(crate) struct Account {
 }
 
 impl Account {
-    const CODES: usize = 258;
-    /// Where nested faults are counted.
-    pub(crate) const NESTED: usize = 256;
-    /// Where exits with no place of their own are counted.
-    pub(crate) const OTHER: usize = 257;
-
     fn new() -> Self {
         let began = cpu::tsc();
         Self {
-            exits: [0; Self::CODES],
+            exits: [0; PLACES],
             trail: [Exit::default(); TRAIL],
             count: 0,
             began,
@@ -71,17 +68,20 @@ impl Account {
 
     #[inline(always)]
     fn note(&mut self, exit: Exit) {
-        let place = match exit.code {
-            exit::NESTED_FAULT => Self::NESTED,
-            #[allow(clippy::cast_possible_truncation)] // below 256
-            code @ 0..=255 => code as usize,
-            _ => Self::OTHER,
-        };
-        self.exits[place] += 1;
         #[allow(clippy::cast_possible_truncation)] // masked
-        let slot = self.count as usize & (TRAIL - 1);
+        let (place, slot) = (exit.code as usize & (PLACES - 1), self.count as usize & (TRAIL - 1));
+        self.exits[place] += 1;
         self.trail[slot] = exit;
         self.count += 1;
+    }
+
+    /// The names of all exits that happened, and how often they did.
+    pub(crate) fn by_name(&self) -> impl Iterator<Item = (&'static str, u64)> {
+        let counts = (0..).zip(self.exits).filter(|(_, count)| *count != 0);
+        counts.map(|(place, count)| {
+            let code = if place == 0 { exit::NESTED_FAULT } else { place };
+            (exit::name(code).unwrap_or("unknown"), count)
+        })
     }
 
     /// The last exits, oldest first.
@@ -155,8 +155,8 @@ impl Machine {
             return self.vcpu.prepare().map_err(End::error);
         };
         let before = cpu::tsc();
-        // SAFETY: the root is the library's, which maps what the slots say and nothing else, and keeps it valid
-        // until the entry is over.
+        // SAFETY: the root is the library's, which maps what the slots say and nothing else, and keeps it
+        // valid until the entry is over.
         unsafe { self.processor.enter(entry.root().raw(), entry.tag(), entry.flush()) };
         let after = cpu::tsc();
         entry.ran();

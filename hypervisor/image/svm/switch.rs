@@ -1,9 +1,9 @@
 //! The world switch: from the host's registers to the guest's and back, in as few instructions as it takes.
 //!
 //! VMRUN and #VMEXIT switch what the control block's save area holds first; VMLOAD and VMSAVE the rest of the
-//! segments and the system-call registers; the code here the other general registers and the x87 and SSE state.
-//! The host's code uses no wider registers than SSE's, so whatever lies above them, and XCR0, stays the guest's
-//! untouched; so do the debug registers' addresses, since the processor disarms them at #VMEXIT.
+//! segments and the system-call registers; the code here the other general registers and the x87 and SSE
+//! state. The host's code uses no wider registers than SSE's, so whatever lies above them, and XCR0, stays
+//! the guest's untouched; so do the debug registers' addresses, since the processor disarms them at #VMEXIT.
 
 use super::vmcb::Vmcb;
 use core::arch::asm;
@@ -17,7 +17,8 @@ pub(crate) struct Extended([u8; 512]);
 #[repr(C)]
 pub(crate) struct Registers {
     extended: Extended,
-    /// In the order of their encoding. RAX and RSP (0 and 4) live in the control block; their places are unused.
+    /// In the order of their encoding. RAX and RSP (0 and 4) live in the control block; their places are
+    /// unused.
     pub(crate) general: [u64; 16],
 }
 
@@ -41,9 +42,9 @@ const fn general(number: usize) -> usize {
 /// Runs the guest until its next exit.
 ///
 /// # Safety
-/// SVM is on and the host-save area is set; interrupts are off and GIF is clear. `guest` is a control block whose
-/// state is legal and whose maps and nested tables live, `host` one that holds this processor's VMSAVE set; both
-/// at their physical addresses. What the guest's tables let it reach is the guest's.
+/// SVM is on and the host-save area is set; interrupts are off and GIF is clear. `guest` is a control block
+/// whose state is legal and whose maps and nested tables live, `host` one that holds this processor's VMSAVE
+/// set; both at their physical addresses. What the guest's tables let it reach is the guest's.
 #[inline(always)]
 pub(crate) unsafe fn run(registers: &mut Registers, guest: &mut Vmcb, host: &Vmcb) {
     // SAFETY: the caller's promises. The block saves RBX and RBP itself, names every other register that the

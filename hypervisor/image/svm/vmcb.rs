@@ -1,7 +1,7 @@
 //! The virtual machine control block (AMD64 manual, volume 2, appendix B) and the names in it.
 //!
-//! Layout only. The processor reads it at VMRUN and writes it at #VMEXIT; in between it is ordinary memory of the
-//! processor that runs the guest.
+//! Layout only. The processor reads it at VMRUN and writes it at #VMEXIT; in between it is ordinary memory of
+//! the processor that runs the guest.
 
 use core::mem::offset_of;
 

@@ -42,13 +42,14 @@ impl InvalidationSequence {
         Snapshot(self.sequence.load(Acquire))
     }
 
-    /// Whether what was resolved after `snapshot` still stands: asked after the announcement (M71). Errs only
-    /// towards "no".
+    /// Whether what was resolved after `snapshot` still stands for all of `range`: asked after the announcement
+    /// (M71). The range is everything that is about to be mapped or used, not the page that faulted alone: a
+    /// large leaf over one page that is being taken away would map that page too. Errs only towards "no".
     #[inline(always)]
-    pub(crate) fn is_current(&self, gfn: Gfn, snapshot: Snapshot) -> bool {
+    pub(crate) fn is_current(&self, range: GfnRange, snapshot: Snapshot) -> bool {
         if self.open.load(Acquire) != 0 {
             let (start, end) = (self.start.load(Acquire), self.end.load(Acquire));
-            if start <= gfn.raw() && gfn.raw() < end {
+            if start < range.end().raw() && range.start().raw() < end {
                 return false;
             }
         }
@@ -99,6 +100,10 @@ mod tests {
         GfnRange::new(Gfn::new(start), Gfn::new(end)).expect("ordered")
     }
 
+    fn page(gfn: u64) -> GfnRange {
+        range(gfn, gfn + 1)
+    }
+
     /// M71, M73: faults in the range of an open invalidation retry; so does every fault whose snapshot is older
     /// than an end; the range does not shrink while any is open (bug scenario 2).
     #[test]
@@ -111,20 +116,21 @@ mod tests {
             let exclusive = tlb.lock.exclusive(&tlb, line, &host);
             sequence.begin(&exclusive, range(10, 20), 1);
         }
-        assert!(!sequence.is_current(Gfn::new(10), old));
-        assert!(sequence.is_current(Gfn::new(20), old), "outside the range nothing changed yet");
+        assert!(!sequence.is_current(page(10), old));
+        assert!(sequence.is_current(page(20), old), "outside the range nothing changed yet");
+        assert!(!sequence.is_current(range(0, 512), old), "a block that has some of the range");
         {
             let exclusive = tlb.lock.exclusive(&tlb, line, &host);
             sequence.begin(&exclusive, range(15, 30), 2);
         }
         sequence.end(&tlb.lock.writer());
         let new = sequence.snapshot();
-        assert!(!sequence.is_current(Gfn::new(40), old), "an end outdates every older snapshot");
-        assert!(!sequence.is_current(Gfn::new(12), new), "the range has not shrunk");
+        assert!(!sequence.is_current(page(40), old), "an end outdates every older snapshot");
+        assert!(!sequence.is_current(page(12), new), "the range has not shrunk");
         assert_eq!(sequence.open_since(), Some(1));
         sequence.end(&tlb.lock.writer());
-        assert!(!sequence.is_current(Gfn::new(12), new));
-        assert!(sequence.is_current(Gfn::new(12), sequence.snapshot()));
+        assert!(!sequence.is_current(page(12), new));
+        assert!(sequence.is_current(page(12), sequence.snapshot()));
         assert_eq!(sequence.open_since(), None);
     }
 }

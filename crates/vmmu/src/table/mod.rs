@@ -9,8 +9,8 @@
 //! | `cursor` | the walk over a range of guest frames |
 //!
 //! It may touch `tlb`, `arch`, `host` and `addr`. Invariants: a page is reached from an entry only inside a
-//! section that was announced before the entry was read; every change of an entry is judged by
-//! `transition::judge`.
+//! section that was announced before the entry was read; every change of an entry that was
+//! present is judged by `transition::judge`.
 
 pub(crate) mod arena;
 pub(crate) mod cache;

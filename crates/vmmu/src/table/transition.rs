@@ -1,7 +1,8 @@
 //! What a change of an entry owes: one pure function, the only judge (T148).
 //!
-//! Pure. Invariant: every change of an entry in a table that a processor can reach is judged here, and the
-//! answer is carried as a [`crate::tlb::shootdown::FlushDebt`] or excused by the context.
+//! Pure. Invariant: every change of an entry that was present, in a table that a processor can reach, is judged
+//! here, and the answer is carried as a [`crate::tlb::shootdown::FlushDebt`] or excused by the context. What
+//! becomes of an entry that was not present owes nothing, by the table's first row.
 
 use crate::arch::entry::{Entry, Leaf, Writable};
 

@@ -7,8 +7,8 @@
 use super::Tlb;
 use super::reader::{Line, State};
 use crate::addr::GfnRange;
-use crate::error::Bug;
 use crate::host::Host;
+use crate::sync::order;
 
 /// Translations of a range of guest frames that were removed or restricted, and that a processor may still
 /// use. Whoever holds it owes a flush; memory behind it is released only against [`FlushDebt::pay`].
@@ -60,9 +60,7 @@ impl Tlb {
     /// advances the generation, kicks who is in the guest since an older one, and waits until each has left or
     /// entered anew. Returns the generation. May be called under Shared or Exclusive.
     pub(crate) fn shootdown<H: Host>(&self, own: &Line, host: &H) -> u64 {
-        if own.announcement().state() == State::InGuest {
-            host.bug(&Bug::ShootdownInGuest);
-        }
+        order::waits_for_guests();
         own.counters.remote_tlb_flush_requests.add(1);
         let generation = self.generation.advance();
         let old = |line: &Line| {

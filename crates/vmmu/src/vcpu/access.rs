@@ -5,7 +5,8 @@
 //! access. Invariants: at most one page a section; nothing is held while a backing waits.
 
 use super::Vcpu;
-use crate::addr::{Gpa, PAGE_BYTES};
+use crate::addr::{GfnRange, Gpa, Level, PAGE_BYTES};
+
 use crate::arch::entry::Format;
 use crate::error::{Error, ResolveError};
 use crate::host::{Host, ResolveRequest, Resolved};
@@ -13,6 +14,7 @@ use crate::memory::access::GuestPage;
 use crate::memory::invalidation::Snapshot;
 use crate::memory::slots::{Hint, SlotGeneration};
 use crate::names::AddressSpace;
+use crate::sync::order;
 use crate::vm::OwnLine;
 use core::fmt;
 
@@ -159,10 +161,11 @@ pub(super) fn with_page<H: Host, R>(
         if write && !resolved.writable {
             return Err(Error::ReadOnly { gpa });
         }
-        let current = inner.sequence.is_current(gfn, snapshot)
+        let current = inner.sequence.is_current(GfnRange::block(gfn, Level::L1), snapshot)
             && inner.slots.read(space, &section).generation() == generation;
         if !current {
             drop((section, walking));
+            order::waits_for_invalidations();
             inner.host.relax();
             continue;
         }

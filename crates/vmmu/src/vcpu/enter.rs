@@ -9,7 +9,7 @@ use super::Vcpu;
 use crate::addr::Hpa;
 use crate::error::Error;
 use crate::host::Host;
-use crate::sync::full_fence;
+use crate::sync::{full_fence, order};
 use crate::tlb::tag::{Choice, EntryFlush, Identity, PhysCpu};
 use core::fmt;
 
@@ -69,6 +69,7 @@ impl<H: Host> Vcpu<H> {
         let (root, identity) = (root.page, root.identity);
         let choice = cpu.choose(identity, self.note, generation);
         self.entered = true;
+        order::guest(true);
         Ok(Entry { vcpu: self, cpu, choice, generation, root, identity })
     }
 
@@ -77,6 +78,7 @@ impl<H: Host> Vcpu<H> {
     pub(super) fn close_forgotten(&mut self) {
         if self.entered {
             self.entered = false;
+            order::guest(false);
             self.note = None;
             self.own.line().leave_guest();
         }
@@ -123,6 +125,7 @@ impl<H: Host> Drop for Entry<'_, H> {
     #[inline(always)]
     fn drop(&mut self) {
         self.vcpu.entered = false;
+        order::guest(false);
         self.vcpu.own.line().leave_guest();
     }
 }

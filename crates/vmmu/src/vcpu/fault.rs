@@ -7,7 +7,7 @@
 //! announcement and end nothing sleeps or allocates; no answer is used that was not rechecked under Shared.
 
 use super::Vcpu;
-use crate::addr::{Gfn, Gpa, Level};
+use crate::addr::{Gfn, GfnRange, Gpa, Level};
 use crate::arch::entry::{Entry, Format, Mmio, Raw, Writable};
 use crate::arch::fault::Fault;
 use crate::error::{Error, ResolveError};
@@ -183,19 +183,22 @@ impl<H: Host> Vcpu<H> {
         // Before slot and backing are looked at (M72).
         let snapshot = inner.sequence.snapshot();
         let Some(slot) = set.find(gfn, &mut self.hint) else {
-            counters.pf_emulate.add(1);
             let cacheable = !generation.in_progress()
                 && tdp.format.caches_mmio()
                 && inner.config.optimizations.contains(Optimizations::MMIO_ENTRIES);
             if cacheable {
                 let shared = inner.tlb.lock.shared(&inner.tlb, line, &inner.host);
-                if root.is_valid() && inner.slots.read(self.space, &section).generation() == generation {
-                    let mmio = Mmio { gfn, write: access.write, generation: generation.for_mmio() };
-                    if tdp.map_mmio(env, &shared, at, mmio, &mut self.cache) {
-                        inner.host.trace(Event::MmioMark { gfn });
-                    }
+                let mmio = Mmio { gfn, write: access.write, generation: generation.for_mmio() };
+                let made = root.is_valid()
+                    && inner.slots.read(self.space, &section).generation() == generation
+                    && tdp.map_mmio(env, &shared, at, mmio, &mut self.cache);
+                if !made {
+                    // A slot may be there by now (PROTOCOLS 5).
+                    return retry(own, gfn);
                 }
+                inner.host.trace(Event::MmioMark { gfn });
             }
+            counters.pf_emulate.add(1);
             return Pass::Mmio;
         };
         if slot.changing {
@@ -238,7 +241,7 @@ impl<H: Host> Vcpu<H> {
         let level = slot.leaf_level(gfn, resolved.pfn, resolved.max_size, limit);
         let shared = inner.tlb.lock.shared(&inner.tlb, line, &inner.host);
         let current = root.is_valid()
-            && inner.sequence.is_current(gfn, basis.snapshot)
+            && inner.sequence.is_current(GfnRange::block(gfn, level), basis.snapshot)
             && inner.slots.read(self.space, &section).generation() == basis.generation;
         if !current {
             return retry(own, gfn);

@@ -58,7 +58,7 @@ fn fences_and_locked_operations_of_each_path() {
     for (name, fences, locked) in &rows {
         writeln!(table, "{name}\t{fences}\t{locked}").expect("strings take everything");
     }
-    // DESIGN's bound: a first touch that finds its table has at most three of both together.
+    // The design's bound: a first touch that finds its table has at most three of both together.
     assert_eq!(table, include_str!("../../fences.tsv"), "fences.tsv is to be:\n{table}");
     assert!(rows.iter().filter(|r| r.0 == "first touch of 4 KiB").all(|r| r.1 + r.2 <= 3));
 }

@@ -15,6 +15,7 @@ use crate::tlb::reader::{Line, Request, State};
 use crate::tlb::reclaim::PageList;
 use crate::trace::Event;
 use core::fmt;
+use core::marker::PhantomData;
 
 /// Retired tables above which vCPUs that hold up their reuse are kicked.
 const WATERMARK: u64 = 256;
@@ -22,12 +23,14 @@ const WATERMARK: u64 = 256;
 /// An open invalidation: until it is dropped, no translation of its range is made. The backing may be changed
 /// while it is held, and the frames reused.
 ///
-/// While it is held, nothing that changes slots may be called by the same thread (checked in debug builds).
-/// One that is leaked stops the faults of its range for ever; [`crate::Stats::invalidation_age`] tells.
+/// While it is held, the same thread may neither change slots nor access guest memory of the range: both would
+/// wait for the guard (checked in debug builds with `std`). One that is leaked stops the faults of its range for ever; [`crate::Stats::invalidation_age`] tells.
 #[must_use = "dropping it at once ends the invalidation"]
 pub struct Invalidation<'vm, H: Host> {
     inner: &'vm Inner<H>,
     range: GfnRange,
+    /// Whoever opened it ends it, so that a thread that waits for itself is caught.
+    _not_send: PhantomData<*const ()>,
 }
 
 impl<H: Host> Invalidation<'_, H> {
@@ -81,7 +84,7 @@ impl<H: Host> Vm<H> {
         inner.tlb.settle(line, &inner.host, generation);
         order::invalidation(true);
         inner.host.trace(Event::Invalidated { range });
-        Ok(Invalidation { inner, range })
+        Ok(Invalidation { inner, range, _not_send: PhantomData })
     }
 
     /// Removes every translation of every address space; faults make them anew. Returns when all are gone and

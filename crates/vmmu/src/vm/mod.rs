@@ -201,7 +201,8 @@ impl<H: Host> Vm<H> {
         Ok(crate::Reader::new(OwnLine::new(self.inner.clone(), None)))
     }
 
-    /// A line for the length of one operation.
+    /// A line for the length of one operation. Not to be called between an entry and its end: the operation would
+    /// wait for the caller's own vCPU (checked in debug builds with `std`).
     pub(crate) fn own_line(&self) -> OwnLine<H> {
         OwnLine::new(self.inner.clone(), None)
     }
@@ -232,7 +233,8 @@ impl<H: Host> Vm<H> {
         stats
     }
 
-    /// Shows every leaf of every valid root, in order of guest frames. Stops all faults meanwhile.
+    /// Shows every leaf of every valid root, in order of guest frames. Stops all faults meanwhile; `show` must not
+    /// call the VM.
     pub fn for_each_mapping(&self, mut show: impl FnMut(Mapping)) -> Result<(), Error> {
         self.inner.alive()?;
         let own = self.own_line();

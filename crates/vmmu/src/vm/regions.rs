@@ -11,6 +11,7 @@ use crate::memory::Region;
 use crate::memory::slot::Slot;
 use crate::memory::slots::{Change, SlotsWriter};
 use crate::names::SlotId;
+use crate::tlb::reader::Request;
 use crate::trace::Event;
 use alloc::sync::Arc;
 
@@ -35,12 +36,13 @@ impl<H: Host> Vm<H> {
                 inner.publish(&own, &mut writer, id, Some(to));
             }
         }
-        inner.host.trace(Event::SlotChanged { id });
+        inner.changed(id);
         Ok(())
     }
 
     /// Deletes slot `id`. When this returns, no translation leads to its memory, no processor can use one, and
-    /// the library has let go of its backing.
+    /// none is made: the frames are the host's. The backing itself is let go of when the last fault that was
+    /// asking it has its answer, and drops it.
     ///
     /// # Errors
     /// [`Error::Slot`] where there is no such slot.
@@ -52,12 +54,18 @@ impl<H: Host> Vm<H> {
         let slot = writer.existing(id)?;
         inner.withdraw(&own, &mut writer, &slot);
         inner.publish(&own, &mut writer, id, None);
-        inner.host.trace(Event::SlotChanged { id });
+        inner.changed(id);
         Ok(())
     }
 }
 
 impl<H: Host> Inner<H> {
+    /// A change of slots is complete: vCPUs come out and look at what they derived from slots (M24).
+    fn changed(&self, id: SlotId) {
+        self.post_to_all(Request::Exit);
+        self.host.trace(Event::SlotChanged { id });
+    }
+
     /// Publishes `slot` as `id`, or nothing, and waits for the readers of what was there. Where the bits kept
     /// by MMIO entries start over, every root is zapped before the mark is cleared (T51).
     fn publish(&self, own: &OwnLine<H>, writer: &mut SlotsWriter<'_>, id: SlotId, slot: Option<Arc<Slot>>) {
