@@ -46,6 +46,24 @@ pub(crate) fn guest_text(text: &[u8]) {
     let _ = out.write_char('\n');
 }
 
+/// Says where the run's state lies, host-physical, for whoever looks at the machine from outside: `@state`, one
+/// JSON object. `nmi` tells that an NMI ends the run with its record.
+pub(crate) fn state(addresses: &[(&str, u64)]) {
+    let mut out = Serial;
+    let _ = write!(out, "@state ");
+    let _ = state_record(&mut out, addresses);
+    let _ = writeln!(out);
+}
+
+fn state_record(out: &mut Serial, addresses: &[(&str, u64)]) -> fmt::Result {
+    let mut state = Json::object(out)?;
+    for &(name, address) in addresses {
+        state.hex(name, address)?;
+    }
+    state.truth("nmi", true)?;
+    state.end()
+}
+
 /// Ends everything with an error that needs neither heap nor guest to be told.
 pub(crate) fn fatal(text: Arguments<'_>) -> ! {
     line(format_args!("hypervisor: {text}"));

@@ -32,14 +32,30 @@ const PAYLOAD_FLAGS: &str = "-m64 -O2 -Wall -Wextra -ffreestanding -nostdlib -st
 const END_FLAGS: &str =
     "-m32 -nostdlib -static -Wl,-Ttext=0x100000,--oformat=binary,--build-id=none,-e,start";
 
-/// The hypervisor's image.
-pub(crate) fn hypervisor() -> Result<PathBuf> {
+/// The words after `cargo build` or `cargo clippy` that name the image.
+const IMAGE_WORDS: [&str; 8] =
+    ["--package", "hypervisor", "--bin", "hypervisor", "--features", "bare-metal", "--profile", "bare"];
+
+/// The compiler's flags for the image.
+fn image_flags() -> Vec<String> {
     let mut flags: Vec<String> = IMAGE_FLAGS.iter().map(ToString::to_string).collect();
     flags.extend(IMAGE_LINK.iter().map(|word| format!("-Clink-arg={word}")));
+    // Relative to the workspace's root, where cargo starts the compiler.
     flags.push("-Clink-arg=-Wl,-T,hypervisor/link.ld".to_owned());
-    let words =
-        ["--package", "hypervisor", "--bin", "hypervisor", "--features", "bare-metal", "--profile", "bare"];
-    cargo_build("the hypervisor", &words, &flags)
+    flags
+}
+
+/// The hypervisor's image.
+pub(crate) fn hypervisor() -> Result<PathBuf> {
+    cargo_build("the hypervisor", &IMAGE_WORDS, &image_flags())
+}
+
+/// A cargo command, such as clippy, on the image.
+pub(crate) fn image_command(command: &str) -> Command {
+    let mut cargo = Command::new("cargo");
+    cargo.args([command, "--target", TARGET]).args(IMAGE_WORDS).current_dir(folders::root());
+    cargo.env("CARGO_ENCODED_RUSTFLAGS", image_flags().join("\x1f"));
+    cargo
 }
 
 /// The program that makes seeded files, linked statically: it runs on the host and in the guest.
@@ -66,8 +82,8 @@ fn cargo_build(name: &str, words: &[&str], flags: &[String]) -> Result<PathBuf> 
 
 /// The last program that cargo's messages name.
 fn executable(messages: &str) -> Option<PathBuf> {
-    let messages = messages.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
-    messages.filter_map(|message| Some(PathBuf::from(message["executable"].as_str()?))).last()
+    let mut messages = messages.lines().rev().filter_map(|line| serde_json::from_str::<Value>(line).ok());
+    messages.find_map(|message| Some(PathBuf::from(message["executable"].as_str()?)))
 }
 
 /// The payload: a multiboot ELF64.

@@ -6,12 +6,16 @@
 #![forbid(unsafe_code)]
 
 mod artifacts;
+mod bench;
 mod boot;
 mod cpio;
 mod host;
 mod initrd;
+mod lint;
+mod models;
 mod qemu;
 mod screen;
+mod test;
 mod units;
 
 use clap::{Parser, Subcommand};
@@ -19,7 +23,7 @@ use std::process::ExitCode;
 
 /// Boots, benchmarks and tests vmmu.
 #[derive(Parser)]
-#[command(name = "cargo xtask", disable_help_subcommand = true)]
+#[command(name = "xtask", bin_name = "cargo xtask", disable_help_subcommand = true)]
 struct Line {
     #[command(subcommand)]
     command: Command,
@@ -27,18 +31,29 @@ struct Line {
 
 #[derive(Subcommand)]
 enum Command {
-    Boot(boot::options::Options),
+    Boot(Box<boot::options::Options>),
+    /// Measures the hypervisor
+    #[command(subcommand)]
+    Bench(bench::Bench),
+    Test(test::Test),
+    Models(models::Models),
+    /// Checks formatting, lints and documentation
+    Lint,
 }
 
 fn main() -> ExitCode {
     let line = Line::parse();
     let result = qemu::machine::end_on_signals().and_then(|()| match &line.command {
         Command::Boot(options) => boot::command(options),
+        Command::Bench(bench) => bench::command(bench),
+        Command::Test(test) => test::command(test),
+        Command::Lint => lint::command(),
+        Command::Models(models) => models::command(models),
     });
     match result {
         Ok(status) => ExitCode::from(status),
         Err(error) => {
-            eprintln!("{} {error:#}", console::style("error:").red().bold().for_stderr());
+            screen::say(format_args!("{} {error:#}", console::style("error:").red().bold().for_stderr()));
             ExitCode::FAILURE
         }
     }

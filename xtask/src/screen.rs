@@ -6,17 +6,27 @@
 use console::style;
 use indicatif::{ProgressBar, ProgressStyle};
 use std::fmt::Display;
-use std::io::IsTerminal;
+use std::io::{IsTerminal, Write};
 use std::time::Duration;
 
-/// One line of news on standard error.
+/// Lines on standard error. A reader that has gone away changes nothing about the work, nor about its result.
+pub(crate) fn say(text: impl Display) {
+    if cfg!(test) {
+        // What tests say is captured on this way alone.
+        eprintln!("{text}");
+    } else {
+        let _ = writeln!(std::io::stderr(), "{text}");
+    }
+}
+
+/// One line of news.
 pub(crate) fn note(text: impl Display) {
-    eprintln!("{} {text}", style("·").cyan().for_stderr());
+    say(format_args!("{} {text}", style("·").cyan().for_stderr()));
 }
 
 /// One line of news that matters.
 pub(crate) fn warn(text: impl Display) {
-    eprintln!("{} {text}", style("!").yellow().bold().for_stderr());
+    say(format_args!("{} {text}", style("!").yellow().bold().for_stderr()));
 }
 
 /// A line about something that takes its time; disappears on drop.
@@ -78,10 +88,8 @@ pub(crate) fn table(sides: &[Side], rows: &[Vec<String>]) -> String {
         let mut line = String::new();
         for ((cell, &width), side) in row.iter().zip(&widths).zip(sides) {
             let gap = " ".repeat(width - console::measure_text_width(cell));
-            match side {
-                Side::Left => line += &format!("{cell}{gap}  "),
-                Side::Right => line += &format!("{gap}{cell}  "),
-            }
+            let (first, second) = if *side == Side::Left { (cell, &gap) } else { (&gap, cell) };
+            line.extend([first, second, "  "]);
         }
         text += line.trim_end();
         text.push('\n');

@@ -3,12 +3,12 @@
 //! An exit often tells what happened but not where the next instruction starts, and a nested page fault on a
 //! device tells an address but not what was to be moved. This crate answers from the instruction's bytes:
 //!
-//! - [`decode`] gives the [`Instruction`]: its length in any mode, and, for what exits need, the operation
+//! - [`decode()`] gives the [`Instruction`]: its length in any mode, and, for what exits need, the operation
 //!   ([`Op`]) with its operands;
 //! - [`length_of_known`] gives only the length of an instruction that the exit already named, in a few
 //!   instructions for the usual encodings;
 //! - [`Instruction::effective_address`] computes the linear address of the memory operand;
-//! - [`execute`] carries out loads, stores and arithmetic on memory against a [`Bus`], with the register rules
+//! - [`execute()`] carries out loads, stores and arithmetic on memory against a [`Bus`], with the register rules
 //!   of the architecture.
 //!
 //! It is `no_std`, allocates nothing, has no dependency and holds no `unsafe`.

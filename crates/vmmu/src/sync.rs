@@ -278,7 +278,7 @@ mod tests {
     }
 
     #[test]
-    #[cfg(debug_assertions)]
+    #[cfg(all(debug_assertions, feature = "std"))]
     #[should_panic(expected = "lock order")]
     fn order_is_checked() {
         let leaf = Mutex::new(Rank::Leaf, ());

@@ -102,7 +102,7 @@ fn tables_collapse_and_leaves_split() {
 
 /// The guard of a thread and its own accesses: a hang in release builds, a panic in debug builds.
 #[test]
-#[cfg(debug_assertions)]
+#[cfg(all(debug_assertions, feature = "std"))]
 #[should_panic(expected = "invalidation guards of the same thread")]
 fn reading_under_ones_own_guard_is_caught() {
     let (vm, mut vcpu) = vm(Arc::new(Contiguous::new(Pfn::new(common::FIRST_FRAME))), 16);
@@ -113,7 +113,7 @@ fn reading_under_ones_own_guard_is_caught() {
 
 /// PROTOCOLS 5: slots are not changed under a guard of the same thread.
 #[test]
-#[cfg(debug_assertions)]
+#[cfg(all(debug_assertions, feature = "std"))]
 #[should_panic(expected = "under 1 invalidation guards")]
 fn changing_slots_under_ones_own_guard_is_caught() {
     let (vm, _vcpu) = vm(Arc::new(Contiguous::new(Pfn::new(1 << 20))), 16);
@@ -123,7 +123,7 @@ fn changing_slots_under_ones_own_guard_is_caught() {
 
 /// PROTOCOLS 3: a shootdown between an entry and its end would wait for the caller's own vCPU.
 #[test]
-#[cfg(debug_assertions)]
+#[cfg(all(debug_assertions, feature = "std"))]
 #[should_panic(expected = "between an entry and its end")]
 fn operations_between_entry_and_end_are_caught() {
     let (vm, mut vcpu) = vm(Arc::new(Contiguous::new(Pfn::new(1 << 20))), 16);

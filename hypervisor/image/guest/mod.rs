@@ -20,6 +20,8 @@ pub(crate) enum End {
     Shutdown(u8),
     /// The guest's processor shut down: a fault while it handled a double fault.
     TripleFault,
+    /// Someone outside asked for the record, by an NMI.
+    Asked,
     /// The hypervisor cannot go on.
     Error(String),
 }
@@ -32,6 +34,7 @@ impl End {
             Self::Reset(_) => "reset",
             Self::Shutdown(_) => "shutdown",
             Self::TripleFault => "triple-fault",
+            Self::Asked => "asked",
             Self::Error(_) => "error",
         }
     }
@@ -50,6 +53,7 @@ impl fmt::Display for End {
             Self::Reset(how) => write!(f, "the guest reset the machine: {how}"),
             Self::Shutdown(kind) => write!(f, "the guest switched the machine off: sleep type {kind}"),
             Self::TripleFault => write!(f, "triple fault: the guest's processor shut down"),
+            Self::Asked => write!(f, "asked for the record by an NMI"),
             Self::Error(text) => f.write_str(text),
         }
     }

@@ -12,16 +12,14 @@ use crate::guest::ports::Output;
 use crate::machine::cpu;
 use hypervisor::cpuid::{self, Answer};
 use hypervisor::registers::{GeneralProtection, cr4, efer};
-use vmmu::{Fault, FetchError, Gpa, Gva, MmioAccess, Outcome, WalkError};
+use vmmu::{Fault, FetchError, Gpa, Gva, InstructionBytes, MmioAccess, Outcome, WalkError};
 use vmmu_emulate::{
-    Bus, Completion, CpuMode, DecodeError, ExecuteError, Gpr, Instruction, Known, MAX_LENGTH, Op, Register,
-    Width, decode, execute, length_of_known,
+    Bus, Completion, CpuMode, DecodeError, ExecuteError, Gpr, Instruction, Known, Op, Register, Width,
+    decode, execute, length_of_known,
 };
 
 /// What RAX holds after a hypercall that nobody knows: -ENOSYS.
 const UNKNOWN_CALL: u64 = (-38i64).cast_unsigned();
-/// Bytes that hold every instruction an exit names, without prefixes.
-const USUAL_LENGTH: usize = 4;
 /// Nested faults at one place without progress, after which the run ends.
 const STORM: u32 = 100_000;
 
@@ -117,6 +115,8 @@ fn rare(machine: &mut Machine, exit: Exit) -> Handled {
         }
         exit::SHUTDOWN => Err(End::TripleFault.into()),
         exit::INIT => Err(End::Reset("INIT signal").into()),
+        // It stays pending while GIF is clear, and nothing sets it again.
+        exit::NMI => Err(End::Asked.into()),
         #[allow(clippy::cast_possible_truncation)] // an emulator may store the low half alone
         code if code as u32 == exit::INVALID => {
             Err(End::error("the processor refuses the guest's state (VMEXIT_INVALID)").into())
@@ -145,12 +145,12 @@ fn translation_failed(machine: &mut Machine, error: WalkError) -> Stop {
     }
 }
 
-/// The bytes at the current instruction: how many of `bytes` could be read.
+/// The bytes at the current instruction.
 #[inline]
-fn fetch(machine: &mut Machine, bytes: &mut [u8]) -> Result<usize, Stop> {
-    machine.vcpu.set_paging(machine.processor.paging_state());
+fn fetch(machine: &mut Machine) -> Result<InstructionBytes, Stop> {
+    machine.processor.refresh(machine.vcpu.paging_mut());
     let at = Gva::new(machine.processor.linear_rip());
-    machine.vcpu.fetch(at, bytes).map_err(|error| fetch_failed(machine, error))
+    machine.vcpu.fetch_instruction(at).map_err(|error| fetch_failed(machine, error))
 }
 
 /// What a failed fetch means for the guest.
@@ -165,10 +165,8 @@ fn fetch_failed(machine: &mut Machine, error: FetchError) -> Stop {
 /// The current instruction.
 #[inline(never)]
 fn fetch_and_decode(machine: &mut Machine) -> Result<Instruction, Stop> {
-    let mut bytes = [0; MAX_LENGTH];
-    let count = fetch(machine, &mut bytes)?;
-    decode(&bytes[..count], machine.processor.mode())
-        .map_err(|error| undecodable(machine, error, &bytes[..count]))
+    let bytes = fetch(machine)?;
+    decode(&bytes, machine.processor.mode()).map_err(|error| undecodable(machine, error, &bytes))
 }
 
 /// What an instruction that does not decode means.
@@ -199,20 +197,9 @@ fn skip(machine: &mut Machine, known: Known) -> Handled {
 /// The length of the current instruction, which the exit named.
 #[inline]
 fn length(machine: &mut Machine, known: Known) -> Result<u8, Stop> {
-    let mut bytes = [0; USUAL_LENGTH];
-    let count = fetch(machine, &mut bytes)?;
-    match length_of_known(&bytes[..count], machine.processor.mode(), known) {
-        Ok(length) => Ok(length),
-        Err(_) => length_with_prefixes(machine, known),
-    }
-}
-
-#[cold]
-fn length_with_prefixes(machine: &mut Machine, known: Known) -> Result<u8, Stop> {
-    let mut bytes = [0; MAX_LENGTH];
-    let count = fetch(machine, &mut bytes)?;
-    length_of_known(&bytes[..count], machine.processor.mode(), known)
-        .map_err(|error| undecodable(machine, error, &bytes[..count]))
+    let bytes = fetch(machine)?;
+    length_of_known(&bytes, machine.processor.mode(), known)
+        .map_err(|error| undecodable(machine, error, &bytes))
 }
 
 /// Moves past an instruction that was decoded.
@@ -448,10 +435,9 @@ fn device(machine: &mut Machine, access: MmioAccess) -> Handled {
 /// An instruction that accesses a device in a way that is not carried out here.
 #[cold]
 fn not_emulated(machine: &mut Machine, access: MmioAccess) -> Stop {
-    let mut bytes = [0; MAX_LENGTH];
-    match fetch(machine, &mut bytes) {
-        Ok(count) => {
-            let bytes = &bytes[..count];
+    match fetch(machine) {
+        Ok(bytes) => {
+            let bytes = &*bytes;
             Stop::End(End::error(format_args!("no emulation of {bytes:02x?}, which accesses {}", access.gpa)))
         }
         Err(stop) => stop,

@@ -80,6 +80,12 @@ impl core::error::Error for Unavailable {}
 #[repr(C, align(4096))]
 struct HostSave([u8; 4096]);
 
+/// The address of the page in which the processor keeps the host's state while a guest runs. SVM is on.
+pub(crate) fn host_save() -> u64 {
+    // SAFETY: a processor on which SVM is on has the register.
+    unsafe { cpu::read_msr(MSR_HOST_SAVE) }
+}
+
 /// Switches SVM on and interrupts of every kind off, and says what there is to use.
 pub(crate) fn enable(options: &Options) -> Result<Capabilities, Unavailable> {
     if cpu::cpuid(0x8000_0000, 0).eax < 0x8000_000A || cpu::cpuid(0x8000_0001, 0).ecx >> 2 & 1 == 0 {

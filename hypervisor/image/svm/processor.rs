@@ -79,7 +79,8 @@ impl Processor {
     fn control(&mut self) {
         let control = &mut self.vmcb.control;
         control.intercept_cr_writes = 1 << 4;
-        control.intercept_instructions = intercept::INIT
+        control.intercept_instructions = intercept::NMI
+            | intercept::INIT
             | intercept::CPUID
             | intercept::INVD
             | intercept::INVLPGA
@@ -263,23 +264,31 @@ impl Processor {
     }
 
     /// The state on which translations depend.
-    #[inline]
     pub(crate) fn paging_state(&self) -> PagingState {
-        let save = &self.vmcb.save;
-        let bits = self.capabilities.physical_bits;
-        let mut state = PagingState::new(save.cr0, save.cr3, save.cr4, save.efer, bits);
+        let mut state = PagingState::new(0, 0, 0, 0, self.capabilities.physical_bits);
         // Under nested paging the processor reads the top entries of three-level tables as it walks.
         state.pdptrs_in_memory = true;
-        state.cpl = save.cpl;
-        state.rflags = save.rflags;
         state.has_1g_pages = self.capabilities.gigabyte_pages;
         state.amd_compatible = true;
+        self.refresh(&mut state);
+        state
+    }
+
+    /// Brings a state of this processor's up to date.
+    #[inline]
+    pub(crate) fn refresh(&self, state: &mut PagingState) {
+        let save = &self.vmcb.save;
+        state.cr0 = save.cr0;
+        state.cr3 = save.cr3;
+        state.cr4 = save.cr4;
+        state.efer = save.efer;
+        state.cpl = save.cpl;
+        state.rflags = save.rflags;
         if save.cr4 & cr4::PKE != 0 {
             // SAFETY: a guest can set the bit only where the processor has protection keys, and then the host
             // has enabled them too.
             state.pkru = unsafe { cpu::protection_keys() };
         }
-        state
     }
 }
 

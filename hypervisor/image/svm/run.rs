@@ -11,6 +11,7 @@ use crate::guest::ports::Ports;
 use crate::guest::services::Services;
 use crate::machine::cpu;
 use crate::memory::MachineHost;
+use crate::report;
 use vmmu::{PhysCpu, Vcpu};
 
 /// Exits that are kept for the report.
@@ -20,8 +21,9 @@ pub(crate) const TRAIL: usize = 16;
 const PLACES: usize = 512;
 const _: () = assert!(exit::NESTED_FAULT.is_multiple_of(PLACES as u64));
 
-/// An exit as it is kept.
+/// An exit as it is kept. The order of the fields is known to whoever reads the ring from outside (`@state`).
 #[derive(Clone, Copy, Default)]
+#[repr(C)]
 pub(crate) struct Exit {
     /// Its code.
     pub(crate) code: u64,
@@ -116,12 +118,13 @@ impl Machine {
     /// A guest about to run.
     pub(crate) fn new(
         processor: Processor,
-        vcpu: Vcpu<MachineHost>,
+        mut vcpu: Vcpu<MachineHost>,
         physical: PhysCpu,
         ports: Ports,
         devices: Devices,
         services: Services,
     ) -> Self {
+        vcpu.set_paging(processor.paging_state());
         let mut machine = Self {
             processor,
             vcpu,
@@ -140,12 +143,26 @@ impl Machine {
 
     /// Runs the guest to its end.
     pub(crate) fn run(&mut self) -> End {
+        self.tell_where();
         loop {
             if let Err(end) = self.step() {
                 self.ports.flush();
                 return end;
             }
         }
+    }
+
+    /// Says where the state of both sides lies, so that a debugger, or an emulator's monitor, can read it while the
+    /// guest runs. The machine stays where it is until the run ends.
+    fn tell_where(&self) {
+        let at = |pointer: *const u64| pointer as u64;
+        report::state(&[
+            ("vmcb", core::ptr::from_ref(&*self.processor.vmcb) as u64),
+            ("registers", at(self.processor.registers.general.as_ptr())),
+            ("host_save", super::host_save()),
+            ("trail", self.account.trail.as_ptr() as u64),
+            ("count", at(&raw const self.account.count)),
+        ]);
     }
 
     /// From one exit to the next, and through its handler.

@@ -151,6 +151,7 @@ pub(crate) mod flush {
 
 /// Bits of [`Control::intercept_instructions`].
 pub(crate) mod intercept {
+    pub(crate) const NMI: u32 = 1 << 1;
     pub(crate) const INIT: u32 = 1 << 3;
     pub(crate) const CPUID: u32 = 1 << 18;
     pub(crate) const INVD: u32 = 1 << 22;
@@ -175,6 +176,7 @@ pub(crate) mod intercept_2 {
 /// Values of [`Control::exit_code`] that are handled.
 pub(crate) mod exit {
     pub(crate) const CR4_WRITE: u64 = 0x14;
+    pub(crate) const NMI: u64 = 0x61;
     pub(crate) const INIT: u64 = 0x63;
     pub(crate) const CPUID: u64 = 0x72;
     pub(crate) const INVD: u64 = 0x76;
@@ -198,6 +200,7 @@ pub(crate) mod exit {
     pub(crate) fn name(code: u64) -> Option<&'static str> {
         Some(match code {
             CR4_WRITE => "cr4_write",
+            NMI => "nmi",
             INIT => "init",
             CPUID => "cpuid",
             INVD => "invd",

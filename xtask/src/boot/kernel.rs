@@ -24,17 +24,14 @@ fn is_second_choice(name: &str) -> bool {
 
 /// The newest kernel: its bzImage, and what it is.
 pub(crate) fn fetch(apt: &mut Apt) -> Result<(PathBuf, String)> {
-    let first = apt.newest(PATTERNS[0], is_first_choice)?;
-    let package = match first {
-        Some(package) => package,
-        None => {
-            let package = apt.newest(PATTERNS[1], is_second_choice)?;
-            let package = package.context(
-                "this machine's package archive has no cloud kernel of Debian's; name a kernel with --kernel",
-            )?;
-            screen::warn(format_args!("no kernel of the series 6.1.0 in this archive; taking {package}"));
-            package
-        }
+    let package = if let Some(package) = apt.newest(PATTERNS[0], is_first_choice)? {
+        package
+    } else {
+        let package = apt.newest(PATTERNS[1], is_second_choice)?.context(
+            "this machine's package archive has no cloud kernel of Debian's; name a kernel with --kernel",
+        )?;
+        screen::warn(format_args!("no kernel of the series 6.1.0 in this archive; taking {package}"));
+        package
     };
     let root = apt.unpacked(&package)?;
     let image = fs::read_dir(root.join("boot"))

@@ -2,6 +2,7 @@
 
 use super::record::Record;
 use crate::qemu::machine::Listener;
+use crate::screen;
 use console::style;
 use serde_json::Value;
 use std::io::{IsTerminal, Write};
@@ -76,7 +77,11 @@ impl<'a> Ears<'a> {
             ("@state", Ok(value)) => self.state = Some(value),
             _ => {
                 self.finish_line();
-                eprintln!("{} {}", style("│").magenta().for_stderr(), style(line).dim().for_stderr());
+                screen::say(format_args!(
+                    "{} {}",
+                    style("│").magenta().for_stderr(),
+                    style(line).dim().for_stderr()
+                ));
             }
         }
     }
@@ -93,7 +98,11 @@ impl Listener for Ears<'_> {
             }
         }
         // A prompt has no end of line.
-        seen || self.expect.is_some_and(|text| self.console.unfinished().contains(text))
+        seen |= self.expect.is_some_and(|text| self.console.unfinished().contains(text));
+        if seen {
+            self.expect = None;
+        }
+        seen
     }
 
     fn channel(&mut self, bytes: &[u8]) {
@@ -148,6 +157,7 @@ mod tests {
         let mut ears = Ears::new(sink(), Some("login:"));
         assert!(!ears.console(b"log"));
         assert!(ears.console(b"in: "));
+        assert!(!ears.console(b"again\n"), "heard twice");
         let mut ears = Ears::new(sink(), Some("done"));
         assert!(ears.console(b"all done now\nmore\n"));
         let mut ears = Ears::new(sink(), None);

@@ -31,9 +31,11 @@ use std::time::Duration;
 /// The command line that every Linux guest gets: console on the first serial port, a panic restarts the machine at
 /// once, addresses are the same in every run.
 const LINUX_LINE: &str = "console=ttyS0 panic=-1 nokaslr";
-/// Memory of the machine that is not the guest's: image, heap and tables of the hypervisor, firmware, and room
+/// Memory of the machine that is not the guest's, whatever its size: the hypervisor's image, firmware, and room
 /// between the frames that a scattered layout picks.
-const OVERHEAD_MIB: u64 = 160;
+const OVERHEAD: u64 = 128 << 20;
+/// What the hypervisor's heap and tables may take, as a part of the guest's memory.
+const OVERHEAD_PART: u64 = 16;
 /// How long the hypervisor may take to write its record when it is asked to.
 const RECORD_PATIENCE: Duration = Duration::from_secs(5);
 
@@ -64,7 +66,8 @@ pub(crate) struct Report {
 
 /// Runs the command and returns xtask's exit status.
 pub(crate) fn command(options: &Options) -> Result<u8> {
-    let report = run(options)?;
+    let report =
+        if options.json { run(options, std::io::stderr())? } else { run(options, std::io::stdout())? };
     summary::print(&report, options);
     if options.json {
         println!("{}", report.to_json(options));
@@ -72,17 +75,16 @@ pub(crate) fn command(options: &Options) -> Result<u8> {
     Ok(report.outcome.status())
 }
 
-/// Boots what the options say and follows it to its end.
-pub(crate) fn run(options: &Options) -> Result<Report> {
+/// Boots what the options say and follows it to its end. What the guest says goes to `console` as it comes.
+pub(crate) fn run(options: &Options, console: impl Write) -> Result<Report> {
     let consent = Consent::new(options.yes);
     let (emulator, version) = programs::emulator(consent)?;
     screen::note(format_args!("QEMU {version}"));
-    let image = match &options.image {
-        Some(file) => fs::canonicalize(file).with_context(|| format!("cannot find {}", file.display()))?,
-        None => {
-            programs::require(&[programs::GCC, programs::BINUTILS], consent)?;
-            artifacts::hypervisor()?
-        }
+    let image = if let Some(file) = &options.image {
+        fs::canonicalize(file).with_context(|| format!("cannot find {}", file.display()))?
+    } else {
+        programs::require(&[programs::GCC, programs::BINUTILS], consent)?;
+        artifacts::hypervisor()?
     };
     let folder = folders::fresh_run()?;
     let (guest, modules) = prepare_guest(options, consent, &folder)?;
@@ -102,15 +104,13 @@ pub(crate) fn run(options: &Options) -> Result<Report> {
         options.cpu_model()
     ));
 
-    let out: Box<dyn Write> =
-        if options.json { Box::new(std::io::stderr()) } else { Box::new(std::io::stdout()) };
-    let mut ears = Ears::new(out, options.expect.as_deref());
+    let mut ears = Ears::new(console, options.expect.as_deref());
     let mut running = Running::start(&emulator, &machine, &folder)?;
     let stop = running.follow(options.timeout, &mut ears)?;
     let wall = running.elapsed();
     let mut found = None;
     if matches!(stop, Stop::TimeUp | Stop::Interrupted) {
-        found = Some(postmortem::look(&mut running, ears.state.as_ref())?);
+        found = Some(postmortem::look(&mut running, ears.state.as_ref()));
     }
     if !matches!(stop, Stop::Ended(_))
         && postmortem::ask_for_record(&mut running, ears.state.as_ref()).is_ok()
@@ -121,10 +121,10 @@ pub(crate) fn run(options: &Options) -> Result<Report> {
     let cause = running.end();
     ears.finish_line();
     let outcome = judge(stop, options, ears.record.as_ref(), cause.as_deref(), &said);
-    let (registers, last_exits) = match found {
-        Some(found) => (Some(found.registers), found.last_exits),
-        None => (None, ears.record.as_ref().map(Record::last_exits).unwrap_or_default()),
-    };
+    let (registers, found_exits) = found.map(|found| (found.registers, found.last_exits)).unzip();
+    // The record names the exits; the ring that the monitor reads has codes alone.
+    let last_exits = ears.record.as_ref().map(Record::last_exits).filter(|exits| !exits.is_empty());
+    let last_exits = last_exits.or(found_exits).unwrap_or_default();
     Ok(Report {
         outcome,
         record: ears.record,
@@ -218,14 +218,14 @@ fn place(file: &Path, name: &Path) -> Result<()> {
 
 /// Memory of a machine that holds the guest, the modules as the loader leaves them, and the hypervisor.
 fn machine_memory_mib(guest: u64, folder: &Path) -> Result<u64> {
-    let mut bytes = guest;
+    let mut bytes = guest.saturating_add(guest / OVERHEAD_PART).saturating_add(OVERHEAD);
     for name in command::MODULES {
         let file = folder.join(name);
         if file.exists() {
-            bytes += file.metadata()?.len();
+            bytes = bytes.saturating_add(file.metadata()?.len());
         }
     }
-    Ok(bytes.div_ceil(1 << 20) + OVERHEAD_MIB)
+    Ok(bytes.div_ceil(1 << 20))
 }
 
 impl Report {

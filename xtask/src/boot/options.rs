@@ -1,7 +1,7 @@
 //! `cargo xtask boot`'s command line.
 
 use crate::units::{parse_seconds, parse_size};
-use clap::{Args, ValueEnum};
+use clap::{Args, Parser, ValueEnum};
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -118,6 +118,18 @@ impl Layout {
     }
 }
 
+impl Default for Options {
+    /// What an empty command line says.
+    fn default() -> Self {
+        #[derive(Parser)]
+        struct Line {
+            #[command(flatten)]
+            options: Options,
+        }
+        Line::parse_from(["boot"]).options
+    }
+}
+
 impl Options {
     /// The emulator's CPU with the virtualisation extension switched on, unless the model says something about it.
     pub(crate) fn cpu_model(&self) -> String {
@@ -142,7 +154,6 @@ impl Options {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use clap::Parser;
 
     #[derive(Parser)]
     struct Line {
@@ -156,7 +167,7 @@ mod tests {
 
     #[test]
     fn the_defaults_are_a_scattered_gibibyte() {
-        let options = parse(&[]).unwrap();
+        let options = Options::default();
         assert_eq!(options.hypervisor_line(), "mode=npt layout=scattered seed=1 memory=1048576K");
         assert_eq!(options.cpu_model(), "EPYC,+svm,+npt");
         assert!(!options.no_initrd());

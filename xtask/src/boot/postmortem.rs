@@ -10,7 +10,6 @@ use crate::qemu::machine::Running;
 use crate::qemu::monitor::Monitor;
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
-use std::fmt::Write;
 
 /// General registers in the order of their encoding.
 const GENERAL: [&str; 16] = [
@@ -45,8 +44,15 @@ pub(crate) struct Findings {
     pub(crate) last_exits: Vec<Exit>,
 }
 
-/// Stops the machine and looks at it.
-pub(crate) fn look(running: &mut Running, state: Option<&Value>) -> Result<Findings> {
+/// Stops the machine and looks at it. What cannot be read is said in place of the registers.
+pub(crate) fn look(running: &mut Running, state: Option<&Value>) -> Findings {
+    try_look(running, state).unwrap_or_else(|error| Findings {
+        registers: format!("the registers cannot be read: {error:#}"),
+        last_exits: Vec::new(),
+    })
+}
+
+fn try_look(running: &mut Running, state: Option<&Value>) -> Result<Findings> {
     let monitor = running.monitor()?;
     monitor.execute("stop", &json!({}))?;
     let shown = without_vectors(&monitor.human("info registers")?);
@@ -130,15 +136,8 @@ fn saved(page: &[u64], general: Option<&[u64]>) -> String {
         let others = GENERAL.into_iter().zip(general.iter().copied()).enumerate();
         values.extend(others.filter(|(number, _)| !matches!(number, 0 | 4)).map(|(_, value)| value));
     }
-    let mut text = String::new();
-    for line in values.chunks(4) {
-        for (name, value) in line {
-            // Writing to a string cannot fail.
-            let _ = write!(text, "{name:>6}={value:016x}");
-        }
-        text.push('\n');
-    }
-    text
+    let cells: Vec<String> = values.iter().map(|(name, value)| format!("{name:>6}={value:016x}")).collect();
+    cells.chunks(4).map(|line| line.join(" ")).collect::<Vec<_>>().join("\n")
 }
 
 /// The ring's exits in the order in which they came.

@@ -2,6 +2,7 @@
 
 use super::Report;
 use super::options::Options;
+use super::outcome::Outcome;
 use super::record::{Exit, Record};
 use crate::screen::{self, Side};
 use crate::units::{count, duration, size};
@@ -12,7 +13,7 @@ pub(crate) fn print(report: &Report, options: &Options) {
     let text = report.outcome.to_string();
     let (head, rest) = text.split_once(':').unwrap_or((&text, ""));
     let head = if report.outcome.is_success() { style(head).green() } else { style(head).red() };
-    eprintln!("\n{}:{rest}\n", head.bold().for_stderr());
+    screen::say(format_args!("\n{}:{rest}\n", head.bold().for_stderr()));
 
     let mut rows = vec![("time", times(report))];
     if let Some(record) = &report.record {
@@ -21,19 +22,23 @@ pub(crate) fn print(report: &Report, options: &Options) {
     rows.push(("logs", report.folder.display().to_string()));
     let width = rows.iter().map(|(name, _)| name.len()).max().unwrap_or(0);
     for (name, value) in rows {
-        eprintln!("  {}  {value}", style(format!("{name:width$}")).cyan().for_stderr());
+        screen::say(format_args!("  {}  {value}", style(format!("{name:width$}")).cyan().for_stderr()));
+    }
+    if matches!(report.outcome, Outcome::Value(_) | Outcome::NotSeen(_) | Outcome::Seen(_)) {
+        // The guest has ended as it wanted to: where it stood then is of no interest.
+        return;
     }
     if let Some(registers) = &report.registers {
-        eprintln!("\n{registers}");
+        screen::say(format_args!("\n{registers}"));
     } else if let Some(record) = &report.record {
         let registers: Vec<String> =
             record.registers().iter().map(|(name, value)| format!("{name}={value}")).collect();
         if !registers.is_empty() {
-            eprintln!("\nguest, at its last exit:\n{}", wrap(&registers, 100));
+            screen::say(format_args!("\nguest, at its last exit:\n{}", wrap(&registers, 100)));
         }
     }
     if !report.last_exits.is_empty() {
-        eprintln!("\nlast exits, oldest first:\n{}", exits_table(&report.last_exits));
+        screen::say(format_args!("\nlast exits, oldest first:\n{}", exits_table(&report.last_exits)));
     }
 }
 
@@ -76,10 +81,15 @@ fn figures(record: &Record, icount: bool) -> Vec<(&'static str, String)> {
     }
     match record.audit_is_clean() {
         Some(true) => {
-            let part = |name, words| Some(format!("{} {words}", count(record.number(&["audit", name])?)));
+            let part = |name, words: &str| {
+                let number = record.number(&["audit", name])?;
+                // The singular of the first two, where it is due.
+                let words = if number == 1 { words.strip_suffix("(s)") } else { None }.unwrap_or(words);
+                Some(format!("{} {}", count(number), words.replace("(s)", "s")))
+            };
             let parts = [
                 part("roots", "root(s)"),
-                part("tables", "tables"),
+                part("tables", "table(s)"),
                 part("leaves_4k", "leaves of 4 KiB"),
                 part("leaves_2m", "of 2 MiB"),
                 part("leaves_1g", "of 1 GiB"),
@@ -167,7 +177,7 @@ mod tests {
         assert_eq!(row(&rows, "faults").unwrap(), "1,000: 900 of 4 KiB, 100 of 2 MiB");
         assert_eq!(row(&rows, "tables").unwrap(), "9 pages, 128 KiB taken from the machine");
         assert_eq!(row(&rows, "frames").unwrap(), "52,100 with pfn ≠ gfn, none with pfn = gfn");
-        assert_eq!(row(&rows, "audit").unwrap(), "clean: 1 root(s), 9 tables");
+        assert_eq!(row(&rows, "audit").unwrap(), "clean: 1 root, 9 tables");
         assert_eq!(row(&rows, "hypervisor").unwrap(), "1,000 of 10,000 instructions, 10.0 %");
     }
 

@@ -2,10 +2,13 @@
 
 use anyhow::{Context, Result, bail};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{Command, ExitStatus, Stdio};
+use std::time::{Duration, Instant};
 
 /// Lines of a failed program's output that go into the error.
 const TAIL: usize = 30;
+/// How often a program with a limit is looked at.
+const LOOK: Duration = Duration::from_millis(10);
 
 /// Where `program` lies in the folders of `PATH`, and in those of the system's administrator.
 pub(crate) fn find(program: &str) -> Option<PathBuf> {
@@ -54,6 +57,23 @@ pub(crate) fn status(command: &mut Command) -> Result<()> {
     Ok(())
 }
 
+/// Runs `command` for at most `limit`; `None` if it had to be killed.
+pub(crate) fn status_within(command: &mut Command, limit: Duration) -> Result<Option<ExitStatus>> {
+    let started = Instant::now();
+    let mut child = command.spawn().with_context(|| format!("cannot run {}", describe(command)))?;
+    loop {
+        if let Some(status) = child.try_wait()? {
+            return Ok(Some(status));
+        }
+        if started.elapsed() >= limit {
+            child.kill()?;
+            child.wait()?;
+            return Ok(None);
+        }
+        std::thread::sleep(LOOK);
+    }
+}
+
 /// The command as one would type it.
 pub(crate) fn describe(command: &Command) -> String {
     let mut text = command.get_program().to_string_lossy().into_owned();
@@ -84,6 +104,14 @@ mod tests {
     }
 
     #[test]
+    fn a_program_that_takes_too_long_is_killed() {
+        let mut sleep = Command::new("sleep");
+        assert_eq!(status_within(sleep.arg("60"), Duration::from_millis(30)).unwrap(), None);
+        let ended = status_within(&mut Command::new("false"), Duration::from_mins(1)).unwrap();
+        assert_eq!(ended.and_then(|status| status.code()), Some(1));
+    }
+
+    #[test]
     fn programs_are_found_by_name() {
         assert!(find("sh").is_some_and(|path| path.ends_with("sh")));
         assert_eq!(find("no-such-program-anywhere"), None);
@@ -91,7 +119,7 @@ mod tests {
 
     #[test]
     fn only_the_end_of_a_long_output_is_kept() {
-        let text: String = (0..100).map(|line| format!("{line}\n")).collect();
+        let text: String = (0..100).fold(String::new(), |text, line| text + &format!("{line}\n"));
         let kept = tail(text.as_bytes());
         assert!(kept.starts_with("70\n") && kept.ends_with("99"), "{kept}");
     }

@@ -87,13 +87,11 @@ pub(crate) fn split_words(text: &str) -> Result<Vec<String>, String> {
             None => word.get_or_insert_default().push(letter),
         }
     }
-    match quote {
-        Some(quote) => Err(format!("a {quote} is not closed in `{text}`")),
-        None => {
-            words.extend(word);
-            Ok(words)
-        }
+    if let Some(quote) = quote {
+        return Err(format!("a {quote} is not closed in `{text}`"));
     }
+    words.extend(word);
+    Ok(words)
 }
 
 #[cfg(test)]

@@ -65,6 +65,8 @@ pub(crate) struct Running {
     console: Follower,
     channel: Follower,
     started: Instant,
+    /// Whether the user's wish to end has been told.
+    interrupted: bool,
 }
 
 impl Running {
@@ -92,6 +94,7 @@ impl Running {
             console: Follower::new(folder.join(command::CONSOLE)),
             channel: Follower::new(folder.join(command::CHANNEL)),
             started,
+            interrupted: false,
         };
         running.monitor = Some(running.connect()?);
         Ok(running)
@@ -100,8 +103,10 @@ impl Running {
     /// Waits until the emulator has opened its monitor. The machine starts then.
     fn connect(&mut self) -> Result<Monitor> {
         while self.started.elapsed() < START {
-            if let Ok(mut monitor) = Monitor::connect(&self.folder, command::MONITOR) {
-                monitor.greet()?;
+            // An emulator that dislikes its command line may have opened the monitor before it ends.
+            if let Ok(mut monitor) = Monitor::connect(&self.folder, command::MONITOR)
+                && monitor.greet().is_ok()
+            {
                 return Ok(monitor);
             }
             if let Some(status) = self.child.try_wait()? {
@@ -114,7 +119,11 @@ impl Running {
 
     /// What the emulator itself has written.
     pub(crate) fn said(&self) -> String {
-        run::tail(&std::fs::read(self.folder.join("qemu.log")).unwrap_or_default())
+        let said = run::tail(&std::fs::read(self.folder.join("qemu.log")).unwrap_or_default());
+        said.lines()
+            .filter(|line| !line.contains("QEMU waiting for connection"))
+            .collect::<Vec<_>>()
+            .join("\n")
     }
 
     /// Time since the start.
@@ -127,10 +136,9 @@ impl Running {
         self.monitor.as_mut().context("the monitor is closed")
     }
 
-    /// Follows the run until it ends, `limit` after its start at the latest. Once the user has had enough, a run
-    /// that is followed again goes on until its limit.
+    /// Follows the run until it ends, `limit` after its start at the latest. That the user has had enough is told
+    /// once: a run that is followed again goes on until its limit.
     pub(crate) fn follow(&mut self, limit: Duration, listener: &mut dyn Listener) -> Result<Stop> {
-        let interrupted_before = INTERRUPTED.load(Ordering::SeqCst);
         loop {
             // Its end first: what it wrote before is then read whole.
             let ended = self.child.try_wait()?;
@@ -143,7 +151,8 @@ impl Running {
             if let Some(status) = ended {
                 return Ok(Stop::Ended(status));
             }
-            if !interrupted_before && INTERRUPTED.load(Ordering::SeqCst) {
+            if !self.interrupted && INTERRUPTED.load(Ordering::SeqCst) {
+                self.interrupted = true;
                 return Ok(Stop::Interrupted);
             }
             if self.elapsed() >= limit {

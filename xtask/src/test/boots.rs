@@ -1,0 +1,227 @@
+//! Steps that boot: `cargo xtask boot` as a user runs it, judged by its exit status and its JSON object.
+
+use super::{Log, Step, this_program};
+use crate::artifacts;
+use crate::boot::record::Record;
+use crate::host::folders;
+use crate::host::programs::Consent;
+use anyhow::{Context, Result, ensure};
+use serde_json::Value;
+use std::fs::{self, File};
+use std::io::Write;
+use std::path::PathBuf;
+use std::process::{Command, Stdio};
+
+/// The object that a boot ends with.
+pub(crate) struct Ended {
+    value: Value,
+}
+
+impl Ended {
+    /// How the run ended, in one word.
+    fn end(&self) -> &str {
+        self.value["end"].as_str().unwrap_or("")
+    }
+
+    /// The whole sentence about it.
+    fn message(&self) -> &str {
+        self.value["message"].as_str().unwrap_or("")
+    }
+
+    /// The hypervisor's record.
+    pub(crate) fn record(&self) -> Record {
+        Record::new(self.value["record"].clone())
+    }
+
+    /// How long the emulator ran, in seconds.
+    pub(crate) fn wall_seconds(&self) -> f64 {
+        self.value["wall_seconds"].as_f64().unwrap_or(f64::INFINITY)
+    }
+
+    /// The registers that the monitor showed.
+    fn registers(&self) -> &str {
+        self.value["registers"].as_str().unwrap_or("")
+    }
+}
+
+/// Boots with these words and demands this exit status.
+pub(crate) fn boot(log: &mut Log, words: &[String], status: i32) -> Result<Ended> {
+    let mut command = Command::new(this_program()?);
+    command.args(["boot", "--json", "--yes"]).args(words);
+    log.start(&mut command)?.stdout(Stdio::piped());
+    let output = command.spawn()?.wait_with_output()?;
+    let text = String::from_utf8_lossy(&output.stdout);
+    writeln!(log.file, "{text}")?;
+    let value: Value = serde_json::from_str(&text).context("the boot has printed no object")?;
+    let ended = Ended { value };
+    ensure!(
+        output.status.code() == Some(status),
+        "{} instead of status {status}: {}",
+        output.status,
+        ended.message()
+    );
+    Ok(ended)
+}
+
+/// The words of a command line that holds no quotes.
+pub(crate) fn words(line: &str) -> Vec<String> {
+    line.split_whitespace().map(str::to_owned).collect()
+}
+
+/// What every good boot must show: status 0, a clean audit, and, where memory is scattered, no RAM frame whose
+/// number is that of its guest page.
+pub(crate) fn good(log: &mut Log, line: &str) -> Result<Ended> {
+    let ended = boot(log, &words(line), 0)?;
+    let record = ended.record();
+    ensure!(record.audit_is_clean() == Some(true), "the audit is not clean: {}", record.raw()["audit"]);
+    ensure!(
+        record.number(&["ram", "frames_moved"]).is_some_and(|frames| frames > 0),
+        "no RAM frame is mapped"
+    );
+    if record.text(&["layout"]) == Some("scattered") {
+        let in_place = record.number(&["ram", "frames_in_place"]);
+        ensure!(in_place == Some(0), "RAM frames with pfn = gfn: {in_place:?}");
+    }
+    Ok(ended)
+}
+
+/// A boot that must fail with this status, this word for its end, and a sentence that holds this text.
+struct Bad {
+    name: &'static str,
+    words: fn() -> Result<Vec<String>>,
+    status: i32,
+    end: &'static str,
+    says: &'static str,
+}
+
+/// The boots that must come to a clear end other than success, and the one that only looks like such.
+pub(crate) fn ends() -> Vec<Step> {
+    let bad = [
+        Bad {
+            name: "ends: a kernel without an initrd resets",
+            words: || Ok(words("--initrd none --memory 256M")),
+            status: 111,
+            end: "reset",
+            says: "reset",
+        },
+        Bad {
+            name: "ends: a file that is no kernel",
+            words: || {
+                let file = file("no-kernel", |file| file.write_all(&[0x5A; 10_000]))?;
+                Ok([&words("--initrd none --memory 64M")[..], &["--kernel".into(), file]].concat())
+            },
+            status: 113,
+            end: "hypervisor",
+            says: "not a kernel",
+        },
+        Bad {
+            name: "ends: an initrd too large for the guest",
+            words: || {
+                let file = file("large-initrd", |file| file.set_len(200 << 20))?;
+                Ok([&words("--memory 128M")[..], &["--initrd".into(), file]].concat())
+            },
+            status: 113,
+            end: "hypervisor",
+            says: "initrd too large",
+        },
+        Bad {
+            name: "ends: 16 MiB of memory",
+            words: || Ok(words("--memory 16M")),
+            status: 113,
+            end: "hypervisor",
+            says: "memory too small",
+        },
+        Bad {
+            name: "ends: a truncated ELF",
+            words: || {
+                let whole = fs::read(artifacts::payload(Consent::Ask)?)?;
+                let file = file("truncated.elf", |file| file.write_all(&whole[..9000]))?;
+                Ok([&words("--memory 64M")[..], &["--guest".into(), file]].concat())
+            },
+            status: 113,
+            end: "hypervisor",
+            says: "truncated",
+        },
+        Bad {
+            name: "ends: triple fault",
+            words: || guest("triple-fault", ""),
+            status: 112,
+            end: "triple fault",
+            says: "triple fault",
+        },
+        Bad {
+            name: "ends: shutdown",
+            words: || guest("shutdown", ""),
+            status: 110,
+            end: "shutdown",
+            says: "shutdown",
+        },
+        Bad { name: "ends: reset", words: || guest("reset", ""), status: 111, end: "reset", says: "0xCF9" },
+        Bad {
+            name: "ends: a value beyond 255",
+            words: || guest("value", ""),
+            status: 255,
+            end: "value",
+            says: "300",
+        },
+        Bad {
+            name: "ends: a value when a text is expected",
+            words: || guest("panic-text", "--expect nobody-says-this"),
+            status: 115,
+            end: "not seen",
+            says: "expected text",
+        },
+    ];
+    let mut steps: Vec<Step> = bad.into_iter().map(Bad::step).collect();
+    steps.push(Step::new("ends: a guest that never ends", |log| {
+        let ended = boot(log, &guest("endless", "--timeout 5")?, 124)?;
+        ensure!(ended.end() == "timeout", "the end is `{}`", ended.end());
+        ensure!(ended.registers().contains("EIP=00100020"), "the guest's registers are not shown");
+        ensure!(ended.registers().contains("hypervisor, at its last entry"), "nor are the hypervisor's");
+        let exits = ended.record().last_exits();
+        ensure!(
+            exits.iter().any(|exit| exit.name == "nested_fault"),
+            "the last exits are not shown: {exits:?}"
+        );
+        Ok(())
+    }));
+    steps.push(Step::new("ends: panic text of a healthy guest is a success", |log| {
+        let ended = boot(log, &guest("panic-text", "")?, 0)?;
+        ensure!(ended.end() == "value", "the end is `{}`", ended.end());
+        Ok(())
+    }));
+    steps.push(Step::new("ends: an expected text is a success", |log| {
+        let ended = boot(log, &guest("panic-text", "--expect not-syncing:")?, 115);
+        ended.context("a text that is not there was seen")?;
+        let words = [&guest("panic-text", "")?[..], &["--expect".into(), "not syncing: VFS".into()]].concat();
+        let ended = boot(log, &words, 0)?;
+        ensure!(ended.end() == "seen", "the end is `{}`", ended.end());
+        Ok(())
+    }));
+    steps
+}
+
+impl Bad {
+    fn step(self) -> Step {
+        Step::new(self.name, move |log| {
+            let ended = boot(log, &(self.words)()?, self.status)?;
+            ensure!(ended.end() == self.end, "the end is `{}`, not `{}`", ended.end(), self.end);
+            ensure!(ended.message().contains(self.says), "`{}` does not say {}", ended.message(), self.says);
+            Ok(())
+        })
+    }
+}
+
+/// The words that boot one of the small guests.
+fn guest(name: &str, more: &str) -> Result<Vec<String>> {
+    let file = artifacts::end(name, Consent::Ask)?;
+    let file = file.to_str().context("the target folder's path is no UTF-8")?.to_owned();
+    Ok([&words("--memory 32M")[..], &words(more), &["--guest".into(), file]].concat())
+}
+
+/// A file for a test; its path.
+fn file(name: &str, fill: impl FnOnce(&mut File) -> std::io::Result<()>) -> Result<String> {
+    let path: PathBuf = folders::own("guests")?.join(name);
+    fill(&mut File::create(&path)?).with_context(|| format!("cannot write {}", path.display()))?;
+    Ok(path.to_str().context("the target folder's path is no UTF-8")?.to_owned())
+}

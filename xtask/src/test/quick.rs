@@ -1,0 +1,63 @@
+//! The steps of every test run: under fifteen minutes on two processors from a fresh clone.
+
+use super::Step;
+use super::boots;
+use crate::bench;
+use crate::boot::options::Mode;
+use crate::host::folders;
+use anyhow::{Result, ensure};
+use serde_json::Value;
+
+/// The steps, the cheapest first.
+pub(crate) fn steps() -> Vec<Step> {
+    let mut steps = vec![
+        Step::cargo("tests of every crate, documentation's examples included", "test --workspace --locked"),
+        Step::cargo("the library builds without std", "check --package vmmu --no-default-features --locked"),
+        Step::cargo(
+            "the example that embeds the library runs",
+            "run --package vmmu --example embed --locked",
+        ),
+        Step::cargo(
+            "the published crates can be packaged",
+            "package --package vmmu --package vmmu-emulate --no-verify --allow-dirty --locked",
+        ),
+        Step::new("boot: Linux, scattered memory, 1 GiB", |log| boots::good(log, "").map(drop)),
+        Step::new("boot: Linux, five-level host tables", |log| {
+            let record = boots::good(log, "--cpu max --memory 256M")?.record();
+            ensure!(
+                record.number(&["levels"]) == Some(5),
+                "the tables have {:?} levels",
+                record.number(&["levels"])
+            );
+            Ok(())
+        }),
+    ];
+    steps.extend(boots::ends());
+    steps.push(Step::new("bench: the payload runs to its end", |log| {
+        let lines = payload(log, "bench payload --json --yes")?;
+        all_lines(&lines)
+    }));
+    steps
+}
+
+/// Runs the payload with these words and returns the object it ends with.
+pub(crate) fn payload(log: &mut super::Log, line: &str) -> Result<Value> {
+    let mut command = std::process::Command::new(super::this_program()?);
+    command.args(line.split(' '));
+    log.start(&mut command)?.stdout(std::process::Stdio::piped());
+    let output = command.spawn()?.wait_with_output()?;
+    let text = String::from_utf8_lossy(&output.stdout);
+    std::io::Write::write_all(&mut log.file, text.as_bytes())?;
+    ensure!(output.status.success(), "the payload: {}", output.status);
+    Ok(serde_json::from_str(&text)?)
+}
+
+/// Demands every line of the payload that KVM prints, but for those that need a service still to come.
+pub(crate) fn all_lines(object: &Value) -> Result<()> {
+    let names: Vec<&str> =
+        object["lines"].as_array().into_iter().flatten().filter_map(|line| line["name"].as_str()).collect();
+    for expected in bench::expected_lines(Mode::Npt, &folders::root())? {
+        ensure!(names.contains(&expected.as_str()), "the payload prints no line {expected}");
+    }
+    Ok(())
+}
