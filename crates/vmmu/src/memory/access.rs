@@ -79,6 +79,7 @@ impl<'s> GuestPage<'s> {
     }
 
     /// One aligned 4-byte entry of a guest's table.
+    #[inline(always)]
     pub(crate) fn load_u32(self, offset: usize) -> u32 {
         assert!(
             offset.is_multiple_of(4) && offset < PAGE_BYTES as usize,
@@ -89,6 +90,7 @@ impl<'s> GuestPage<'s> {
     }
 
     /// One aligned 8-byte entry of a guest's table.
+    #[inline(always)]
     pub(crate) fn load_u64(self, offset: usize) -> u64 {
         assert!(
             offset.is_multiple_of(8) && offset < PAGE_BYTES as usize,
@@ -101,6 +103,7 @@ impl<'s> GuestPage<'s> {
         // SAFETY: the callers keep `offset` inside the frame, which is mapped while the section lasts.
         unsafe { self.at.add(offset).cast::<AtomicU8>().as_ref() }
     }
+    #[inline(always)]
     fn u64(self, offset: usize) -> &'s AtomicU64 {
         // SAFETY: the callers keep `offset` inside the frame and a multiple of 8; frames are page-aligned.
         unsafe { self.at.add(offset).cast::<AtomicU64>().as_ref() }

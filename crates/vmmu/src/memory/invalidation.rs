@@ -57,6 +57,7 @@ impl InvalidationSequence {
     }
 
     /// Invalidations that are open.
+    #[inline(always)]
     pub(crate) fn open(&self) -> u64 {
         self.open.load(Acquire)
     }

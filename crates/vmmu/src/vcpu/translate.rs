@@ -61,7 +61,7 @@ impl Deref for InstructionBytes {
     type Target = [u8];
     #[inline(always)]
     fn deref(&self) -> &[u8] {
-        &self.bytes[..usize::from(self.len & 31).min(16)]
+        &self.bytes[..usize::from(self.len).min(16)]
     }
 }
 
