@@ -141,6 +141,8 @@ mod audit;
 pub mod error;
 pub mod guest;
 pub mod host;
+#[cfg(feature = "instrument")]
+pub mod instrument;
 mod memory;
 mod names;
 mod stats;
