@@ -144,6 +144,11 @@ pub mod host;
 #[cfg(feature = "instrument")]
 pub mod instrument;
 mod memory;
+#[cfg(feature = "mutants")]
+pub mod mutants;
+#[cfg(not(feature = "mutants"))]
+#[allow(dead_code, unreachable_pub)] // the list of faults, of which nothing is left but the names
+mod mutants;
 mod names;
 mod stats;
 mod sync;

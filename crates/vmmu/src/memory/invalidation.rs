@@ -5,6 +5,10 @@
 //! the count, and a recheck reads the count (with the range) before the sequence, so no fault can miss both.
 
 use crate::addr::{Gfn, GfnRange};
+use crate::mutants::Mutant::{
+    CountBeforeSequence, NoRangeRecheck, NoSequenceBump, NoSequenceRecheck, RangeShrinks, SequenceFirst,
+};
+use crate::mutants::mutant;
 use crate::sync::{AtomicU64, Ordering};
 use crate::tlb::lock::{Exclusive, Writer};
 use Ordering::{Acquire, Relaxed, Release};
@@ -47,13 +51,16 @@ impl InvalidationSequence {
     /// large leaf over one page that is being taken away would map that page too. Errs only towards "no".
     #[inline(always)]
     pub(crate) fn is_current(&self, range: GfnRange, snapshot: Snapshot) -> bool {
-        if self.open.load(Acquire) != 0 {
+        if mutant(SequenceFirst) && self.sequence.load(Acquire) != snapshot.0 {
+            return false;
+        }
+        if self.open.load(Acquire) != 0 && !mutant(NoRangeRecheck) {
             let (start, end) = (self.start.load(Acquire), self.end.load(Acquire));
             if start < range.end().raw() && range.start().raw() < end {
                 return false;
             }
         }
-        self.sequence.load(Acquire) == snapshot.0
+        mutant(SequenceFirst) || mutant(NoSequenceRecheck) || self.sequence.load(Acquire) == snapshot.0
     }
 
     /// Invalidations that are open.
@@ -86,7 +93,15 @@ impl InvalidationSequence {
     pub(crate) fn end(&self, _writer: &Writer<'_>) {
         let open = self.open.load(Relaxed);
         assert!(open != 0, "an invalidation ended that never began");
-        self.sequence.store(self.sequence.load(Relaxed) + 1, Release);
+        if mutant(RangeShrinks) {
+            self.end.store(self.start.load(Relaxed), Release);
+        }
+        if mutant(CountBeforeSequence) {
+            self.open.store(open - 1, Release);
+        }
+        if !mutant(NoSequenceBump) {
+            self.sequence.store(self.sequence.load(Relaxed) + 1, Release);
+        }
         self.open.store(open - 1, Release);
     }
 }

@@ -11,6 +11,8 @@ use crate::addr::{Gfn, GfnRange};
 use crate::arch::entry::MMIO_GENERATION_MASK;
 use crate::error::SlotError;
 use crate::host::Host;
+use crate::mutants::Mutant::NoWrapZap;
+use crate::mutants::mutant;
 use crate::names::{AddressSpace, SlotId};
 use crate::sync::{AtomicPtr, AtomicU64, Mutex, MutexGuard, Ordering, Rank};
 use crate::tlb::Tlb;
@@ -261,7 +263,7 @@ impl SlotsWriter<'_> {
         tlb.wait_for_slot_readers(host);
         let stride = u64::from(self.slots.spaces);
         let last = (generation - u64::from(space.0)) / stride;
-        if (last + 1) & (MMIO_GENERATION_MASK / stride) == 0 {
+        if (last + 1) & (MMIO_GENERATION_MASK / stride) == 0 && !mutant(NoWrapZap) {
             at_wrap();
         }
         self.set(space).generation.store(generation + stride, Release);

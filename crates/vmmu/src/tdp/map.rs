@@ -11,6 +11,8 @@ use crate::addr::{ENTRIES, Gfn, GfnRange, Hpa, Level, PageSize, Pfn};
 use crate::arch::entry::{Entry, Format, Leaf, Mmio, NestedAccess, Raw, Writable};
 use crate::error::Bug;
 use crate::host::Host;
+use crate::mutants::Mutant::MmioOverLeaf;
+use crate::mutants::mutant;
 use crate::table::cache::{Cache, PreparedPage};
 use crate::table::page::{EntryCell, Section, TablePage};
 use crate::table::transition::{Flush, judge};
@@ -163,7 +165,8 @@ impl<F: Format> Tdp<F> {
             return false;
         };
         let (old, new) = (self.format.decode(at.raw, at.level), Entry::Mmio(mmio));
-        if judge(old, new, true) != Ok(Flush::None) || old == Entry::Frozen {
+        let replaceable = judge(old, new, true) == Ok(Flush::None) && old != Entry::Frozen;
+        if !replaceable && !mutant(MmioOverLeaf) {
             return false;
         }
         let created = at.cell.compare_exchange(at.raw, self.format.encode(new, Level::L1)).is_ok();

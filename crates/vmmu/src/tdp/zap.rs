@@ -10,6 +10,8 @@ use super::{Env, Tdp};
 use crate::addr::{Gfn, GfnRange, Hpa, Level, PageSize};
 use crate::arch::entry::{Entry, Format};
 use crate::host::Host;
+use crate::mutants::Mutant::EmptiedNotFrozen;
+use crate::mutants::mutant;
 use crate::table::cursor::{Cursor, PIECE, Resume};
 use crate::table::page::Section;
 use crate::table::transition::{Flush, judge};
@@ -33,6 +35,10 @@ impl<'t> Removed<'t> {
     }
     pub(super) fn owe(&mut self, range: GfnRange) {
         self.debt.owe(range);
+    }
+    /// Whether a flush is owed.
+    pub(crate) fn is_owed(&self) -> bool {
+        self.debt.is_owed()
     }
     /// The parts, for whoever pays and retires.
     pub(crate) fn into_parts(self) -> (PageList, FlushDebt<'t>) {
@@ -98,7 +104,8 @@ impl<F: Format> Tdp<F> {
         let Some(below) = level.below() else { return };
         let tables = env.tables();
         let counters = &section.line().counters;
-        let frozen = self.format.encode(Entry::Frozen, below);
+        let frozen = if mutant(EmptiedNotFrozen) { Entry::Empty } else { Entry::Frozen };
+        let frozen = self.format.encode(frozen, below);
         for cell in tables.page(table, section).entries() {
             match self.format.decode(cell.swap(frozen), below) {
                 Entry::Leaf(_) => {

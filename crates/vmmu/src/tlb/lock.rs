@@ -7,6 +7,8 @@
 use super::Tlb;
 use super::reader::{Announcement, Line, State};
 use crate::host::Host;
+use crate::mutants::Mutant::{ExclusiveNoWait, NoFenceFlag, NoFenceShared, NoFlagRecheck};
+use crate::mutants::mutant;
 use crate::sync::{AtomicBool, Mutex, MutexGuard, Ordering, Rank, full_fence};
 use Ordering::{Acquire, Relaxed, Release};
 use core::marker::PhantomData;
@@ -60,8 +62,10 @@ impl MmuLock {
             if before.state() == State::Mapping {
                 return Shared { line, before, _not_send: PhantomData };
             }
-            full_fence();
-            if !self.flag.load(Acquire) {
+            if !mutant(NoFenceShared) {
+                full_fence();
+            }
+            if !self.flag.load(Acquire) || mutant(NoFlagRecheck) {
                 return Shared { line, before, _not_send: PhantomData };
             }
             line.restore(before);
@@ -84,9 +88,11 @@ impl MmuLock {
         assert!(line.is_out(), "Exclusive asked for from inside a section: {line:?}");
         let writers = self.writers.lock();
         self.flag.store(true, Relaxed);
-        full_fence();
+        if !mutant(NoFenceFlag) {
+            full_fence();
+        }
         for other in tlb.readers.iter() {
-            while other.announcement().state() == State::Mapping {
+            while other.announcement().state() == State::Mapping && !mutant(ExclusiveNoWait) {
                 host.relax();
             }
         }

@@ -10,6 +10,8 @@
 use super::Tlb;
 use super::generation::Generation;
 use crate::addr::Hpa;
+use crate::mutants::Mutant::{NestEndOut, NestNewGeneration, NewerBefore, NoFenceWalk};
+use crate::mutants::mutant;
 use crate::names::VcpuId;
 use crate::stats::Counters;
 use crate::sync::{AtomicBool, AtomicPtr, AtomicU32, AtomicU64, Ordering, full_fence};
@@ -56,6 +58,7 @@ impl Announcement {
     /// Whether the owner may still use something that was removed before `generation` (PROTOCOLS 1: "newer"
     /// is at least the value after the advance).
     pub(crate) fn is_older_than(self, generation: u64) -> bool {
+        let generation = if mutant(NewerBefore) { generation - 1 } else { generation };
         self.state() != State::Out && self.since() < generation
     }
 }
@@ -165,7 +168,7 @@ impl Line {
     #[inline]
     pub(crate) fn walk<'t>(&'t self, tlb: &'t Tlb) -> Walking<'t> {
         let before = self.raise(State::Walking, &tlb.generation);
-        if before == Announcement::OUT {
+        if before == Announcement::OUT && !mutant(NoFenceWalk) {
             full_fence();
         }
         Walking { line: self, before, _not_send: PhantomData }
@@ -177,7 +180,9 @@ impl Line {
         let before = self.raise(State::Walking, &tlb.generation);
         debug_assert_eq!(self.slots.load(Relaxed), 0, "slot sections do not nest");
         self.slots.store(tlb.slot_epoch.now(), Relaxed);
-        full_fence();
+        if !mutant(NoFenceWalk) {
+            full_fence();
+        }
         (
             Walking { line: self, before, _not_send: PhantomData },
             SlotSection { line: self, _not_send: PhantomData },
@@ -192,7 +197,8 @@ impl Line {
         debug_assert_ne!(before.state(), State::InGuest, "a section announced from the guest");
         if before.state() < state {
             // A section may load the generation before it announces: older is safe.
-            let since = if before == Announcement::OUT { generation.now() } else { before.since() };
+            let renew = before == Announcement::OUT || mutant(NestNewGeneration);
+            let since = if renew { generation.now() } else { before.since() };
             self.state.store(Announcement::new(state, since).0, Relaxed);
         }
         before
@@ -200,6 +206,7 @@ impl Line {
 
     #[inline]
     pub(super) fn restore(&self, before: Announcement) {
+        let before = if mutant(NestEndOut) { Announcement::OUT } else { before };
         self.state.store(before.0, Release);
     }
 

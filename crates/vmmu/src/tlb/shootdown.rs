@@ -8,6 +8,8 @@ use super::Tlb;
 use super::reader::{Line, State};
 use crate::addr::GfnRange;
 use crate::host::Host;
+use crate::mutants::Mutant::{NoGrace, NoShootdownWait};
+use crate::mutants::mutant;
 use crate::sync::order;
 
 /// Translations of a range of guest frames that were removed or restricted, and that a processor may still
@@ -30,6 +32,10 @@ impl<'t> FlushDebt<'t> {
     /// Adds what a change in `range` owes.
     pub(crate) fn owe(&mut self, range: GfnRange) {
         self.range = self.range.hull(range);
+    }
+    /// Whether anything is owed.
+    pub(crate) fn is_owed(&self) -> bool {
+        !self.range.is_empty()
     }
     /// Pays by a shootdown, if anything is owed. Returns the generation since which nothing removed before is
     /// in use, where one was needed.
@@ -77,7 +83,7 @@ impl Tlb {
         if kicked {
             own.counters.remote_tlb_flush.add(1);
             for line in self.readers.iter() {
-                while old(line) {
+                while old(line) && !mutant(NoShootdownWait) {
                     host.relax();
                 }
             }
@@ -99,6 +105,9 @@ impl Tlb {
     /// The newest generation whose removals nobody can use any more: what was retired at or before it may be
     /// reused. Must be read after the fence of the retirement (PROTOCOLS 4).
     pub(crate) fn horizon(&self) -> u64 {
+        if mutant(NoGrace) {
+            return u64::MAX;
+        }
         self.readers
             .iter()
             .map(Line::announcement)

@@ -7,6 +7,8 @@
 //! note is written only by an entry that ran, and holds the generation published at that entry; the flush of
 //! everything that a wrap owes stays owed until an entry that carried it ran.
 
+use crate::mutants::Mutant::{DropPaysWrap, OldNoteNoFlush, RootKeepsTag, TrustAcrossEras};
+use crate::mutants::mutant;
 use crate::sync::{AtomicU64, Ordering};
 use alloc::boxed::Box;
 use alloc::vec;
@@ -141,10 +143,10 @@ impl PhysCpu {
             noted != root.number() || flushed < generation
         };
         if let Some(note) = note
-            && note.era == self.era
-            && note.root == root
+            && (note.era == self.era || mutant(TrustAcrossEras))
+            && (note.root == root || mutant(RootKeepsTag))
         {
-            let old = note.generation < generation;
+            let old = note.generation < generation && !mutant(OldNoteNoFlush);
             if !old || self.tags.flush_by_tag {
                 let flush = match (self.flush_all_owed, old) {
                     (true, _) => EntryFlush::All,
@@ -156,6 +158,7 @@ impl PhysCpu {
         }
         let tag = self.fresh();
         let flush = if self.flush_all_owed { EntryFlush::All } else { EntryFlush::None };
+        self.flush_all_owed &= !mutant(DropPaysWrap);
         Choice { tag, flush, guest_physical, fresh: true }
     }
 

@@ -13,6 +13,8 @@ use crate::host::{Host, ResolveRequest, Resolved};
 use crate::memory::access::GuestPage;
 use crate::memory::invalidation::Snapshot;
 use crate::memory::slots::{Hint, SlotGeneration};
+use crate::mutants::Mutant::AccessNoRecheck;
+use crate::mutants::mutant;
 use crate::names::AddressSpace;
 use crate::sync::order;
 use crate::vm::OwnLine;
@@ -163,7 +165,7 @@ pub(super) fn with_page<H: Host, R>(
         }
         let current = inner.sequence.is_current(GfnRange::block(gfn, Level::L1), snapshot)
             && inner.slots.read(space, &section).generation() == generation;
-        if !current {
+        if !current && !mutant(AccessNoRecheck) {
             drop((section, walking));
             order::waits_for_invalidations();
             inner.host.relax();

@@ -9,6 +9,11 @@ use super::Vcpu;
 use crate::addr::Hpa;
 use crate::error::Error;
 use crate::host::Host;
+use crate::mutants::Mutant::{
+    DropRecorded, ForgottenClean, GenerationBeforeAnnounce, NoFenceGuest, NoRequestLook, NoRootLook,
+    NoteAtEnter, NoteIsNow,
+};
+use crate::mutants::mutant;
 use crate::sync::{full_fence, order};
 use crate::tlb::tag::{Choice, EntryFlush, Identity, PhysCpu};
 use core::fmt;
@@ -59,15 +64,22 @@ impl<H: Host> Vcpu<H> {
         let inner = self.own.inner();
         let line = self.own.line();
         let Some(root) = &self.root else { return Err(Again) };
+        let early = if mutant(GenerationBeforeAnnounce) { inner.tlb.generation.now() } else { 0 };
         line.announce_guest(root.page);
-        full_fence();
-        let generation = inner.tlb.generation.now();
-        if line.publish_guest(generation) || !root.is_valid() {
+        if !mutant(NoFenceGuest) {
+            full_fence();
+        }
+        let generation = if mutant(GenerationBeforeAnnounce) { early } else { inner.tlb.generation.now() };
+        let requested = line.publish_guest(generation) && !mutant(NoRequestLook);
+        if requested || !(root.is_valid() || mutant(NoRootLook)) {
             line.leave_guest();
             return Err(Again);
         }
         let (root, identity) = (root.page, root.identity);
         let choice = cpu.choose(identity, self.note, generation);
+        if mutant(NoteAtEnter) {
+            self.note = Some(cpu.ran(identity, choice, generation));
+        }
         self.entered = true;
         order::guest(true);
         Ok(Entry { vcpu: self, cpu, choice, generation, root, identity })
@@ -79,7 +91,9 @@ impl<H: Host> Vcpu<H> {
         if self.entered {
             self.entered = false;
             order::guest(false);
-            self.note = None;
+            if !mutant(ForgottenClean) {
+                self.note = None;
+            }
             self.own.line().leave_guest();
         }
     }
@@ -116,7 +130,9 @@ impl<H: Host> Entry<'_, H> {
         } else if self.choice.fresh {
             counters.tlb_fresh_tag.add(1);
         }
-        self.vcpu.note = Some(self.cpu.ran(self.identity, self.choice, self.generation));
+        let generation =
+            if mutant(NoteIsNow) { self.vcpu.own.inner().tlb.generation.now() } else { self.generation };
+        self.vcpu.note = Some(self.cpu.ran(self.identity, self.choice, generation));
         // Dropping it takes the line out of the guest.
     }
 }
@@ -124,6 +140,9 @@ impl<H: Host> Entry<'_, H> {
 impl<H: Host> Drop for Entry<'_, H> {
     #[inline(always)]
     fn drop(&mut self) {
+        if mutant(DropRecorded) {
+            self.vcpu.note = Some(self.cpu.ran(self.identity, self.choice, self.generation));
+        }
         self.vcpu.entered = false;
         order::guest(false);
         self.vcpu.own.line().leave_guest();

@@ -15,6 +15,11 @@ use crate::host::{Host, ResolveRequest, Resolved};
 use crate::memory::invalidation::Snapshot;
 use crate::memory::slot::Slot;
 use crate::memory::slots::SlotGeneration;
+use crate::mutants::Mutant::{
+    ChangingIgnored, MmioEntryFirst, MmioHitInProgress, MmioStoredInProgress, NoRootRecheck, NoSlotRecheck,
+    PageOnlyRecheck, SnapshotAfterResolve,
+};
+use crate::mutants::mutant;
 use crate::tdp::map::{Mapped, Position, Wanted};
 use crate::trace::Event;
 use crate::vm::OwnLine;
@@ -170,6 +175,11 @@ impl<H: Host> Vcpu<H> {
         // Before the entry is read, so that a hit is one of this set's (PROTOCOLS 5).
         let generation = set.generation();
         let at = tdp.walk(env, root, gfn, Level::L1, &walking);
+        let generation = if mutant(MmioEntryFirst) {
+            inner.slots.read(self.space, &section).generation()
+        } else {
+            generation
+        };
         if at.raw != tdp.format.empty()
             && let Some(pass) = already_there(own, fault, at, generation)
         {
@@ -183,7 +193,7 @@ impl<H: Host> Vcpu<H> {
         // Before slot and backing are looked at (M72).
         let snapshot = inner.sequence.snapshot();
         let Some(slot) = set.find(gfn, &mut self.hint) else {
-            let cacheable = !generation.in_progress()
+            let cacheable = (!generation.in_progress() || mutant(MmioStoredInProgress))
                 && tdp.format.caches_mmio()
                 && inner.config.optimizations.contains(Optimizations::MMIO_ENTRIES);
             if cacheable {
@@ -201,7 +211,7 @@ impl<H: Host> Vcpu<H> {
             counters.pf_emulate.add(1);
             return Pass::Mmio;
         };
-        if slot.changing {
+        if slot.changing && !mutant(ChangingIgnored) {
             // T73: never MMIO, so that its translations are gone before anything else can appear.
             return retry(own, gfn);
         }
@@ -218,6 +228,11 @@ impl<H: Host> Vcpu<H> {
                     slot.backing.resolve(slot.page(gfn), ResolveRequest::new(access.write, false))
                 } else {
                     Err(ResolveError::WouldWait)
+                };
+                let basis = if mutant(SnapshotAfterResolve) {
+                    Basis { snapshot: inner.sequence.snapshot(), generation }
+                } else {
+                    basis
                 };
                 match resolved {
                     Ok(resolved) => (resolved, basis),
@@ -240,9 +255,11 @@ impl<H: Host> Vcpu<H> {
         };
         let level = slot.leaf_level(gfn, resolved.pfn, resolved.max_size, limit);
         let shared = inner.tlb.lock.shared(&inner.tlb, line, &inner.host);
-        let current = root.is_valid()
-            && inner.sequence.is_current(GfnRange::block(gfn, level), basis.snapshot)
-            && inner.slots.read(self.space, &section).generation() == basis.generation;
+        let rechecked = GfnRange::block(gfn, if mutant(PageOnlyRecheck) { Level::L1 } else { level });
+        let current = (root.is_valid() || mutant(NoRootRecheck))
+            && inner.sequence.is_current(rechecked, basis.snapshot)
+            && (inner.slots.read(self.space, &section).generation() == basis.generation
+                || mutant(NoSlotRecheck));
         if !current {
             return retry(own, gfn);
         }
@@ -294,7 +311,10 @@ fn already_there<H: Host>(
             Some(Pass::Resume)
         }
         Entry::Frozen => Some(retry(own, fault.gpa().gfn())),
-        Entry::Mmio(mmio) if !generation.in_progress() && mmio.generation == generation.for_mmio() => {
+        Entry::Mmio(mmio)
+            if (!generation.in_progress() || mutant(MmioHitInProgress))
+                && mmio.generation == generation.for_mmio() =>
+        {
             counters.pf_mmio_hit.add(1);
             inner.host.trace(Event::MmioHit { gfn: mmio.gfn });
             Some(Pass::Mmio)

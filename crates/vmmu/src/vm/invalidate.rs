@@ -8,6 +8,11 @@ use super::{Inner, OwnLine, Vm};
 use crate::addr::GfnRange;
 use crate::error::Error;
 use crate::host::Host;
+use crate::mutants::Mutant::{
+    CollapseNoFlush, InvalidRootGeneration, InvalidateNoShootdown, NoSettle, ShootdownBeforeZap, SkipIfEmpty,
+    ZapAllNoShootdown, ZapBeforeBegin,
+};
+use crate::mutants::mutant;
 use crate::sync::order;
 use crate::table::cursor::Resume;
 use crate::tdp::zap::{Removed, ZapProgress};
@@ -65,9 +70,10 @@ impl<H: Host> Vm<H> {
         let mut removed = Removed::new(&inner.tlb);
         let mut left = Some(range);
         let mut begun = false;
+        let early = if mutant(ShootdownBeforeZap) { inner.tlb.shootdown(line, &inner.host) } else { 0 };
         while let Some(piece) = left {
             let exclusive = inner.tlb.lock.exclusive(&inner.tlb, line, &inner.host);
-            if !begun {
+            if !begun && !mutant(ZapBeforeBegin) {
                 inner.sequence.begin(&exclusive, range, inner.tlb.generation.now());
                 begun = true;
             }
@@ -76,12 +82,25 @@ impl<H: Host> Vm<H> {
                 .unmap(inner.env(), &exclusive, piece, &mut removed)
                 .and_then(|Resume(at)| GfnRange::new(at, range.end()));
         }
+        if !begun {
+            let exclusive = inner.tlb.lock.exclusive(&inner.tlb, line, &inner.host);
+            inner.sequence.begin(&exclusive, range, inner.tlb.generation.now());
+        }
         // Also where nothing was mapped: a software walk may hold a frame that no entry maps.
+        let waits = !mutant(SkipIfEmpty) || removed.is_owed();
         let (pages, debt) = removed.into_parts();
         debt.paid_by_what_follows();
-        let generation = inner.tlb.shootdown(line, &inner.host);
+        let generation = if mutant(ShootdownBeforeZap) {
+            early
+        } else if mutant(InvalidateNoShootdown) || !waits {
+            inner.tlb.generation.advance()
+        } else {
+            inner.tlb.shootdown(line, &inner.host)
+        };
         inner.reclaim.retire(&inner.tables(), pages, generation);
-        inner.tlb.settle(line, &inner.host, generation);
+        if waits && !mutant(NoSettle) {
+            inner.tlb.settle(line, &inner.host, generation);
+        }
         order::invalidation(true);
         inner.host.trace(Event::Invalidated { range });
         Ok(Invalidation { inner, range, _not_send: PhantomData })
@@ -107,7 +126,11 @@ impl<H: Host> Inner<H> {
                 reader.post(Request::FreeObsoleteRoots);
             }
         }
-        let generation = self.tlb.shootdown(line, &self.host);
+        let generation = if mutant(ZapAllNoShootdown) {
+            self.tlb.generation.advance()
+        } else {
+            self.tlb.shootdown(line, &self.host)
+        };
         self.host.trace(Event::RootsInvalidated);
         while let Some(root) = self.tdp.roots.claim() {
             let mut left = Some(ZapProgress::START);
@@ -116,7 +139,7 @@ impl<H: Host> Inner<H> {
                 let shared = self.tlb.lock.shared(&self.tlb, line, &self.host);
                 left = self.tdp.zap_invalid(self.env(), &shared, &root, progress, &mut removed);
                 drop(shared);
-                self.retire_excused(removed);
+                self.retire_excused(removed, generation);
             }
             self.tdp.roots.remove(&root);
             let mut page = PageList::new();
@@ -134,18 +157,25 @@ impl<H: Host> Inner<H> {
 
     /// Retires what was removed from an invalid root: its shootdown came before the unlink, so the generation is
     /// one of its own (PROTOCOLS 4).
-    fn retire_excused(&self, removed: Removed<'_>) {
+    fn retire_excused(&self, removed: Removed<'_>, shootdown: u64) {
         let (pages, debt) = removed.into_parts();
         debt.paid_by_what_follows();
         if pages.count() != 0 {
-            self.reclaim.retire(&self.tables(), pages, self.tlb.generation.advance());
+            let generation =
+                if mutant(InvalidRootGeneration) { shootdown } else { self.tlb.generation.advance() };
+            self.reclaim.retire(&self.tables(), pages, generation);
         }
     }
 
     /// Pays for and retires what a change by a fault removed. May be called under Shared.
     pub(crate) fn settle_removed(&self, line: &Line, removed: Removed<'_>) {
         let (pages, debt) = removed.into_parts();
-        let generation = debt.pay(line, &self.host);
+        let generation = if mutant(CollapseNoFlush) {
+            debt.paid_by_what_follows();
+            None
+        } else {
+            debt.pay(line, &self.host)
+        };
         if pages.count() != 0 {
             let generation = generation.unwrap_or_else(|| self.tlb.generation.advance());
             self.reclaim.retire(&self.tables(), pages, generation);

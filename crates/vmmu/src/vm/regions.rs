@@ -10,6 +10,8 @@ use crate::host::Host;
 use crate::memory::Region;
 use crate::memory::slot::Slot;
 use crate::memory::slots::{Change, SlotsWriter};
+use crate::mutants::Mutant::ZapBeforeWithdraw;
+use crate::mutants::mutant;
 use crate::names::SlotId;
 use crate::tlb::reader::Request;
 use crate::trace::Event;
@@ -76,7 +78,12 @@ impl<H: Host> Inner<H> {
     /// translations are gone (T105: by replacing all roots, whose cost does not grow with the slot).
     fn withdraw(&self, own: &OwnLine<H>, writer: &mut SlotsWriter<'_>, slot: &Slot) {
         let changing = Slot { changing: true, ..slot.clone() };
+        if mutant(ZapBeforeWithdraw) {
+            self.zap_all_roots(own);
+        }
         self.publish(own, writer, slot.id, Some(Arc::new(changing)));
-        self.zap_all_roots(own);
+        if !mutant(ZapBeforeWithdraw) {
+            self.zap_all_roots(own);
+        }
     }
 }
