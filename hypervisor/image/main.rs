@@ -236,13 +236,15 @@ impl MemoryPlan {
         };
         for placed in &self.placed {
             let (gfn, pages) = (Gfn::new(placed.gfns.start), placed.gfns.end - placed.gfns.start);
-            add(Region::new(gfn, pages, memory::backing(&placed.frames)))?;
+            add(Region::new(gfn, pages, memory::backing(&placed.frames, pages)))?;
         }
         for identity in &map.identity {
             let first = identity.range.start / PAGE_BYTES;
             let pages = identity.range.end / PAGE_BYTES - first;
             let flags = if identity.writable { RegionFlags::empty() } else { RegionFlags::READ_ONLY };
-            let backing = Arc::new(Contiguous::new(Pfn::new(first)));
+            // SAFETY: firmware ranges and device pages, which the machine's map gives to nobody; the guest has the
+            // machine's devices.
+            let backing = Arc::new(unsafe { Contiguous::new(Pfn::new(first), pages) });
             add(Region::new(Gfn::new(first), pages, backing).flags(flags))?;
         }
         let Some(blocks) = self.region else { return Ok(None) };

@@ -73,10 +73,11 @@ unsafe impl Host for MachineHost {
     }
 }
 
-/// The library's backing for frames that were planned.
-pub(crate) fn backing(frames: &Frames) -> Arc<dyn Backing> {
+/// The library's backing for frames that were planned: `pages` of them.
+pub(crate) fn backing(frames: &Frames, pages: u64) -> Arc<dyn Backing> {
     match frames {
-        Frames::Run(first) => Arc::new(Contiguous::new(Pfn::new(*first))),
+        // SAFETY: the plan took the frames from the frame map, for the guest alone.
+        Frames::Run(first) => Arc::new(unsafe { Contiguous::new(Pfn::new(*first), pages) }),
         Frames::Blocks(blocks) => {
             let builder = blocks.iter().fold(Scattered::builder(), |builder, block| match block {
                 Block::Whole(first) => builder.huge(Pfn::new(*first)),
@@ -85,7 +86,8 @@ pub(crate) fn backing(frames: &Frames) -> Arc<dyn Backing> {
                     builder.pages(&frames)
                 }
             });
-            Arc::new(builder.build())
+            // SAFETY: as above.
+            Arc::new(unsafe { builder.build() })
         }
     }
 }

@@ -59,9 +59,11 @@ fn main() {
     let host = Arena(NonNull::new(tables).expect("memory"), std::sync::atomic::AtomicU64::new(0));
     let vm = Vm::new(host, Config::new(TableFormat::Npt4, 48)).expect("legal");
     // Memory that the guest's own tables and code are read from, and memory that is only mapped.
-    let own = Contiguous::new(Hpa::new(memory as u64).pfn());
+    // SAFETY: the memory is the guest's for as long as the process lasts.
+    let own = unsafe { Contiguous::new(Hpa::new(memory as u64).pfn(), 512) };
     let size = if what == "touch2m" { vmmu::PageSize::Size2M } else { vmmu::PageSize::Size4K };
-    let mapped = Contiguous::new(Pfn::new(1 << 20)).max_size(size);
+    // SAFETY: no guest runs, and nobody reads or writes through these frames.
+    let mapped = unsafe { Contiguous::new(Pfn::new(1 << 20), 1 << 24) }.max_size(size);
     let region = |gfn, pages, backing| Region::new(Gfn::new(gfn), pages, Arc::new(backing));
     vm.set_region(SlotId::new(0), region(0, 512, own)).expect("valid");
     vm.set_region(SlotId::new(1), region(1 << 18, 1 << 24, mapped)).expect("valid");

@@ -42,7 +42,8 @@ fn main() -> Result<(), vmmu::Error> {
     // 4 MiB of guest memory at guest-physical 0, from one host allocation.
     // SAFETY: the layout is not empty.
     let memory = unsafe { alloc_zeroed(layout(10)) } as u64;
-    let backing = Arc::new(Contiguous::new(Hpa::new(memory).pfn()));
+    // SAFETY: the memory is the guest's until the VM ends.
+    let backing = Arc::new(unsafe { Contiguous::new(Hpa::new(memory).pfn(), 1024) });
     let vm = Vm::new(Process, Config::new(TableFormat::Npt4, 48))?;
     vm.set_region(SlotId::new(0), Region::new(Gfn::new(0), 1024, backing))?;
 

@@ -253,7 +253,7 @@ impl GfnRange {
     /// No frames.
     pub const EMPTY: Self = Self { start: Gfn(0), end: Gfn(0) };
     /// Every frame that a 64-bit guest-physical address can name.
-    pub const ALL: Self = Self { start: Gfn(0), end: Gfn(u64::MAX >> PAGE_SHIFT) };
+    pub const ALL: Self = Self { start: Gfn(0), end: Gfn((u64::MAX >> PAGE_SHIFT) + 1) };
 
     /// The frames from `start` up to but not including `end`; `None` where that is inverted.
     pub const fn new(start: Gfn, end: Gfn) -> Option<Self> {
@@ -266,11 +266,12 @@ impl GfnRange {
             None => None,
         }
     }
-    /// The naturally aligned block of `level` that holds `gfn`.
+    /// The naturally aligned block of `level` that holds `gfn`; one that reaches past the end of 64 bits ends
+    /// there.
     #[inline]
     pub const fn block(gfn: Gfn, level: Level) -> Self {
         let start = gfn.align_down(level);
-        Self { start, end: Gfn(start.0 + level.pages()) }
+        Self { start, end: Gfn(start.0.saturating_add(level.pages())) }
     }
     /// The first frame.
     #[inline(always)]
@@ -338,5 +339,22 @@ impl GfnRange {
 impl fmt::Debug for GfnRange {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "[{:#x}, {:#x})", self.start.0, self.end.0)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// No block is inverted, wherever it lies, and the whole holds the last frame.
+    #[test]
+    fn ranges_at_the_end() {
+        for n in 1..=5 {
+            let level = Level::new(n).expect("1 to 5");
+            let block = GfnRange::block(Gfn::new(u64::MAX), level);
+            assert!(block.start() <= block.end(), "{block:?}");
+        }
+        assert!(GfnRange::ALL.contains(Gpa::new(u64::MAX).gfn()));
+        assert_eq!(GfnRange::with_len(Gfn::new(u64::MAX), 2), None);
     }
 }

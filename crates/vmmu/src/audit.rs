@@ -9,10 +9,11 @@ use crate::addr::{Gfn, GfnRange, Hpa, Level, PageSize, Pfn};
 use crate::arch::entry::{Entry, Format, Leaf, Raw, Writable};
 use crate::error::Error;
 use crate::host::{Host, ResolveRequest};
+use crate::memory::slot::Slot;
 use crate::memory::slots::{Hint, SlotsWriter};
 use crate::names::{AddressSpace, SlotId};
 use crate::stats::Stats;
-use crate::table::arena::BLOCK_TABLES;
+use crate::table::arena::{BLOCK_TABLES, block_of};
 use crate::tdp::visit::Visit;
 use crate::tlb::reader::State;
 use crate::vm::{Inner, Vm};
@@ -37,6 +38,13 @@ pub struct AuditReport {
     pub slots: u64,
     /// Table pages that are free in the arena.
     pub free: u64,
+    /// Table pages that vCPUs keep prepared.
+    pub cached: u64,
+    /// Table pages that were unlinked and wait for their grace.
+    pub retired: u64,
+    /// Table pages that the host has handed out, in whole blocks. At rest, when no operation is under way on any
+    /// thread, the sum of `roots`, `tables`, `free`, `cached` and `retired`.
+    pub pages: u64,
 }
 
 /// The first broken invariant, with where.
@@ -123,8 +131,17 @@ impl<H: Host> Vm<H> {
         let writer = inner.slots.write();
         let mut report = AuditReport { slots: slots(inner, &writer)?, ..AuditReport::default() };
         let exclusive = inner.tlb.lock.exclusive(&inner.tlb, own.line(), &inner.host);
-        let mut audit =
-            Audit { inner, writer: &writer, report: &mut report, seen: BTreeSet::new(), error: None };
+        let mut audit = Audit {
+            inner,
+            writer: &writer,
+            report: &mut report,
+            seen: BTreeSet::new(),
+            blocks: BTreeSet::new(),
+            error: None,
+        };
+        inner.tables().count_free(|block| {
+            audit.blocks.insert(block.raw());
+        });
         inner.tdp.for_each_entry(inner.env(), &exclusive, |visit| audit.check(visit));
         if let Some(error) = audit.error.take() {
             return Err(error);
@@ -180,10 +197,13 @@ fn counts<H: Host>(inner: &Inner<H>, report: &mut AuditReport, stats: &Stats) ->
     for (size, counted) in PageSize::ALL.into_iter().zip(report.leaves) {
         check("T-inv 4: leaves of a size", counted, stats.pages(size))?;
     }
-    let (blocks, free) = inner.tables().count_free();
-    report.free = free;
-    if free > blocks * BLOCK_TABLES {
-        return check("T-inv 22: free pages", free, blocks * BLOCK_TABLES);
+    let mut blocks = 0;
+    report.free = inner.tables().count_free(|_| blocks += 1);
+    report.pages = blocks * BLOCK_TABLES;
+    report.cached = stats.table_pages_cached;
+    report.retired = inner.reclaim.waiting();
+    if report.free > report.pages {
+        return check("T-inv 22: free pages", report.free, report.pages);
     }
     Ok(())
 }
@@ -194,6 +214,8 @@ struct Audit<'a, H: Host> {
     writer: &'a SlotsWriter<'a>,
     report: &'a mut AuditReport,
     seen: BTreeSet<u64>,
+    /// Blocks of tables that the host handed out.
+    blocks: BTreeSet<u64>,
     error: Option<AuditError>,
 }
 
@@ -234,7 +256,8 @@ impl<H: Host> Audit<'_, H> {
 
     fn link(&mut self, visit: Visit, table: Hpa) -> Result<(), AuditError> {
         let tables = self.inner.tables();
-        if !tables.owns(table) {
+        // The record of a page may be read only where the page is one of the arena's.
+        if !self.blocks.contains(&block_of(table).raw()) || !tables.owns(table) {
             return Err(AuditError::Table {
                 invariant: "T-inv 2: a link leads to a table of this VM",
                 at: table,
@@ -292,19 +315,36 @@ impl<H: Host> Audit<'_, H> {
         if slot.is_read_only() && leaf.writable != Writable::No {
             return wrong("T-inv 12: no writable leaf in a read-only slot");
         }
-        if self.inner.sequence.open() == 0
-            && let Ok(backed) = slot.backing.resolve(slot.page(visit.gfn), ResolveRequest::new(false, false))
-        {
-            if backed.pfn != leaf.pfn {
-                let (gfn, mapped) = (visit.gfn, leaf.pfn);
-                return Err(AuditError::Frame { gfn, mapped, backed: backed.pfn });
+        if self.inner.sequence.open() == 0 {
+            Self::frames(visit, leaf, size, slot)?;
+        }
+        Ok(())
+    }
+
+    /// T-inv 11 to 13: the backing names the frames that are mapped: the first and the last, in debug builds every
+    /// one of up to 2 MiB; it allows the size, and writes.
+    fn frames(visit: Visit, leaf: Leaf, size: PageSize, slot: &Slot) -> Result<(), AuditError> {
+        let wrong = |invariant| {
+            let Visit { gfn, level, raw: Raw(raw), .. } = visit;
+            Err(AuditError::Entry { invariant, gfn, level, raw })
+        };
+        let last = size.pages() - 1;
+        let step = if cfg!(debug_assertions) && size < PageSize::Size1G { 1 } else { last.max(1) };
+        let mut n = 0;
+        while n <= last {
+            let (gfn, mapped) = (visit.gfn.offset(n), leaf.pfn.offset(n));
+            if let Ok(backed) = slot.backing.resolve(slot.page(gfn), ResolveRequest::new(false, false)) {
+                if backed.pfn != mapped {
+                    return Err(AuditError::Frame { gfn, mapped, backed: backed.pfn });
+                }
+                if backed.max_size < size {
+                    return wrong("T-inv 13: a leaf is no larger than its backing allows");
+                }
+                if leaf.writable == Writable::Yes && !backed.writable {
+                    return wrong("T-inv 12: no writable leaf over a read-only backing");
+                }
             }
-            if backed.max_size < size {
-                return wrong("T-inv 13: a leaf is no larger than its backing allows");
-            }
-            if leaf.writable == Writable::Yes && !backed.writable {
-                return wrong("T-inv 12: no writable leaf over a read-only backing");
-            }
+            n += step;
         }
         Ok(())
     }

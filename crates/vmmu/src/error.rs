@@ -10,7 +10,7 @@ use crate::names::SlotId;
 use core::fmt;
 
 /// Why a call failed. The VM is as it was before the call.
-#[derive(Clone, PartialEq, Eq, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
 #[non_exhaustive]
 pub enum Error {
     /// The configuration asks for something impossible.
@@ -167,7 +167,6 @@ pub enum SlotError {
 /// The error numbers that a user of the kernel's interface would see, by their Linux values.
 mod errno {
     pub(super) const EIO: i32 = 5;
-    pub(super) const ENOENT: i32 = 2;
     pub(super) const EAGAIN: i32 = 11;
     pub(super) const EINTR: i32 = 4;
     pub(super) const ENOMEM: i32 = 12;
@@ -192,8 +191,7 @@ impl Error {
                 ResolveError::Poisoned => errno::EHWPOISON,
                 ResolveError::Unbacked => errno::EFAULT,
             },
-            Self::NoSlot { .. } => errno::ENOENT,
-            Self::ReadOnly { .. } | Self::Unreachable { .. } => errno::EFAULT,
+            Self::NoSlot { .. } | Self::ReadOnly { .. } | Self::Unreachable { .. } => errno::EFAULT,
             Self::ReservedBits { .. } => errno::EINVAL,
             Self::Dead => errno::EIO,
         }

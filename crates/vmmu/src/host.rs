@@ -5,7 +5,7 @@
 //! the library calls no method of [`Host`] or [`Backing`] with a lock held that the method could want, except
 //! where a method's own text says so.
 
-use crate::addr::{Hpa, PageSize, Pfn};
+use crate::addr::{Hpa, Level, PageSize, Pfn};
 use crate::error::{Bug, ResolveError};
 use crate::names::VcpuId;
 use alloc::vec::Vec;
@@ -17,9 +17,9 @@ use core::ptr::NonNull;
 /// The library dereferences what these methods return, and lets the processor walk it as page tables. So:
 /// a block from [`Host::alloc_tables`] must be memory of the stated size and alignment that nobody else uses
 /// until it is given back; [`Host::table_ptr`] must map every byte of every such block, at an address that
-/// stays the same and keeps the alignment; [`Host::frame_ptr`] must map all 4096 bytes of a guest frame, for
-/// as long as some [`Backing`] may resolve to it, as memory that is read and written only by atomic or
-/// volatile accesses while guests run.
+/// stays the same and keeps the alignment; [`Host::frame_ptr`] must map all 4096 bytes of a guest frame, at an
+/// address that stays the same until an invalidation or the deletion of a slot that covers the frame has
+/// returned, as memory that is read and written only by atomic or volatile accesses while guests run.
 pub unsafe trait Host: Send + Sync {
     /// A naturally aligned block of 4 KiB << `order` for tables, below 4 GiB where `below_4g`. Its content
     /// does not matter. `None` when memory has run out.
@@ -36,7 +36,9 @@ pub unsafe trait Host: Send + Sync {
     fn frame_ptr(&self, pfn: Pfn) -> Option<NonNull<u8>>;
 
     /// Forces `vcpu` out of the guest soon. The library waits until the vCPU's exit was reported. Called with
-    /// locks of the library held; must neither sleep nor call back.
+    /// locks of the library held; must neither sleep nor call back. It may come between [`crate::Vcpu::enter`] and
+    /// the moment in which the processor is in the guest, and must not be lost then: with interrupts off from
+    /// before `enter`, an interprocessor interrupt stays pending until it ends the guest's run.
     fn kick(&self, vcpu: VcpuId);
 
     /// Called in loops that wait for another processor. May yield; must not call back.
@@ -104,7 +106,7 @@ impl Resolved {
 pub unsafe trait Backing: Send + Sync {
     /// The frame behind the slot's page number `page`, counted in 4 KiB from the slot's start.
     ///
-    /// Must not call the VM. Where it may wait, it is called with no lock of the library held and nothing
+    /// Where it may wait, it may call the VM, also to invalidate other pages; where not, it must not. Where it may wait, it is called with no lock of the library held and nothing
     /// announced; where it may not, inside a section, and by the audit under the library's locks.
     fn resolve(&self, page: u64, request: ResolveRequest) -> Result<Resolved, ResolveError>;
 }
@@ -113,14 +115,19 @@ pub unsafe trait Backing: Send + Sync {
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Contiguous {
     first: Pfn,
+    pages: u64,
     max_size: PageSize,
     writable: bool,
 }
 
 impl Contiguous {
-    /// Slot page `n` is frame `first + n`, mapped in pages of up to 1 GiB.
-    pub const fn new(first: Pfn) -> Self {
-        Self { first, max_size: PageSize::Size1G, writable: true }
+    /// Slot page `n` is frame `first + n`, for `pages` pages, mapped in pages of up to 1 GiB.
+    ///
+    /// # Safety
+    /// Guests and the library read and write what is behind these frames, so they must belong to whatever VM the
+    /// backing is given to, until the slot was deleted or the range invalidated.
+    pub const unsafe fn new(first: Pfn, pages: u64) -> Self {
+        Self { first, pages, max_size: PageSize::Size1G, writable: true }
     }
     /// The same, in pages of at most `size`.
     #[must_use]
@@ -134,13 +141,31 @@ impl Contiguous {
         self.writable = false;
         self
     }
+
+    /// The largest page around `page` that lies wholly inside the run.
+    #[cold]
+    fn size_near_an_end(&self, page: u64) -> PageSize {
+        let fits = |size: &&PageSize| {
+            let block = self.first.offset(page).align_down(size.level()).raw();
+            let first = self.first.raw();
+            **size <= self.max_size && block >= first && block + size.pages() <= first + self.pages
+        };
+        PageSize::ALL.iter().rev().find(fits).copied().unwrap_or(PageSize::Size4K)
+    }
 }
 
-// SAFETY: the constructor's caller owns the frames, all consecutive, so every block is; the answer is constant.
+// SAFETY: the constructor's caller gave the frames away; a block is called whole only where it lies inside the
+// run; the answer is constant.
 unsafe impl Backing for Contiguous {
     #[inline]
     fn resolve(&self, page: u64, _: ResolveRequest) -> Result<Resolved, ResolveError> {
-        Ok(Resolved::new(self.first.offset(page), self.max_size, self.writable))
+        if page >= self.pages {
+            return Err(ResolveError::Unbacked);
+        }
+        let largest = self.max_size.pages();
+        let inside = page >= largest && page + largest <= self.pages;
+        let size = if inside { self.max_size } else { self.size_near_an_end(page) };
+        Ok(Resolved::new(self.first.offset(page), size, self.writable))
     }
 }
 
@@ -157,8 +182,8 @@ pub struct Scattered {
 /// 512 pages of a [`Scattered`] backing.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum Block {
-    /// Consecutive frames from here.
-    Whole(Pfn),
+    /// Consecutive frames from here, and the largest size in which they may be mapped.
+    Whole(Pfn, PageSize),
     /// Single frames: where they start in the list, and how many there are.
     Pages { first: usize, count: usize },
 }
@@ -174,7 +199,7 @@ impl Scattered {
         self.blocks
             .iter()
             .map(|block| match block {
-                Block::Whole(_) => 512,
+                Block::Whole(..) => 512,
                 Block::Pages { count, .. } => *count as u64,
             })
             .sum()
@@ -189,10 +214,12 @@ pub struct ScatteredBuilder {
 
 impl ScatteredBuilder {
     /// Appends 512 pages: the consecutive frames from `first`. They are mapped as one 2 MiB page where `first`
-    /// and the slot's start allow.
+    /// and the slot's start are aligned to it.
     #[must_use]
     pub fn huge(mut self, first: Pfn) -> Self {
-        self.inner.blocks.push(Block::Whole(first));
+        // The naturally aligned block around each page must be this block, not parts of two.
+        let size = if first.is_aligned(Level::L2) { PageSize::Size2M } else { PageSize::Size4K };
+        self.inner.blocks.push(Block::Whole(first, size));
         self
     }
     /// Appends up to 512 single pages; fewer only as the slot's last.
@@ -208,19 +235,23 @@ impl ScatteredBuilder {
         self
     }
     /// The backing.
-    pub fn build(self) -> Scattered {
+    ///
+    /// # Safety
+    /// Guests and the library read and write what is behind these frames, so they must belong to whatever VM the
+    /// backing is given to, until the slot was deleted or the range invalidated.
+    pub unsafe fn build(self) -> Scattered {
         self.inner
     }
 }
 
-// SAFETY: the builder's caller owns the frames; a block is called whole only if its 512 frames are
-// consecutive, and 2 MiB is the largest size ever claimed; the answer is constant.
+// SAFETY: the builder's caller gave the frames away; a block is called large only if its 512 frames are
+// consecutive and aligned; the answer is constant.
 unsafe impl Backing for Scattered {
     #[inline]
     fn resolve(&self, page: u64, _: ResolveRequest) -> Result<Resolved, ResolveError> {
         let within = page % 512;
         match usize::try_from(page / 512).ok().and_then(|block| self.blocks.get(block)) {
-            Some(Block::Whole(first)) => Ok(Resolved::new(first.offset(within), PageSize::Size2M, true)),
+            Some(Block::Whole(first, size)) => Ok(Resolved::new(first.offset(within), *size, true)),
             Some(Block::Pages { first, count }) if within < *count as u64 => {
                 let pfn = self.pages[first + within as usize];
                 Ok(Resolved::new(pfn, PageSize::Size4K, true))
@@ -237,11 +268,10 @@ mod tests {
     #[test]
     fn scattered_finds_each_page() {
         let single: Vec<Pfn> = (0..512).map(|n| Pfn::new(7000 + n * 3)).collect();
-        let backing = Scattered::builder()
-            .huge(Pfn::new(512))
-            .pages(&single)
-            .pages(&[Pfn::new(9), Pfn::new(5)])
-            .build();
+        let builder =
+            Scattered::builder().huge(Pfn::new(512)).pages(&single).pages(&[Pfn::new(9), Pfn::new(5)]);
+        // SAFETY: no guest ever gets the frames.
+        let backing = unsafe { builder.build() };
         let request = ResolveRequest::new(true, false);
         assert_eq!(backing.pages(), 1026);
         assert_eq!(backing.resolve(3, request), Ok(Resolved::new(Pfn::new(515), PageSize::Size2M, true)));
@@ -249,5 +279,30 @@ mod tests {
         assert_eq!(backing.resolve(1025, request), Ok(Resolved::new(Pfn::new(5), PageSize::Size4K, true)));
         assert_eq!(backing.resolve(1026, request), Err(ResolveError::Unbacked));
         assert_eq!(backing.resolve(u64::MAX, request), Err(ResolveError::Unbacked));
+    }
+
+    /// A run that is not aligned in the host is no large page, wherever the slot lies.
+    #[test]
+    fn an_unaligned_block_is_not_large() {
+        // SAFETY: no guest ever gets the frames.
+        let backing = unsafe { Scattered::builder().huge(Pfn::new(0x1100)).huge(Pfn::new(0x9100)).build() };
+        let request = ResolveRequest::new(true, false);
+        let resolved = backing.resolve(0x100, request).expect("backed");
+        assert_eq!((resolved.pfn, resolved.max_size), (Pfn::new(0x1200), PageSize::Size4K));
+    }
+
+    /// A run ends where it ends, and offers no large page that reaches past either end.
+    #[test]
+    fn a_run_has_ends() {
+        // SAFETY: no guest ever gets the frames.
+        let backing = unsafe { Contiguous::new(Pfn::new(0x1F0), 0x10 + 3 * 512 + 5) };
+        let request = ResolveRequest::new(true, false);
+        let size = |page| backing.resolve(page, request).map(|r| r.max_size);
+        assert_eq!(size(0xF), Ok(PageSize::Size4K));
+        assert_eq!(size(0x10), Ok(PageSize::Size2M));
+        assert_eq!(size(0x10 + 3 * 512 - 1), Ok(PageSize::Size2M));
+        assert_eq!(size(0x10 + 3 * 512), Ok(PageSize::Size4K));
+        assert_eq!(size(0x10 + 3 * 512 + 5), Err(ResolveError::Unbacked));
+        assert_eq!(size(u64::MAX), Err(ResolveError::Unbacked));
     }
 }

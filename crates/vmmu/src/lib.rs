@@ -41,7 +41,8 @@
 //! # let memory = Hpa::new(unsafe { alloc_zeroed(layout(10)) } as u64);
 //! # let host = Process;
 //! let vm = Vm::new(host, Config::new(TableFormat::Npt4, 48))?; // 48 physical address bits, by CPUID
-//! let backing = Arc::new(Contiguous::new(memory.pfn())); // 4 MiB of the host's memory
+//! // SAFETY: these 4 MiB of the host's memory are the guest's until the VM ends.
+//! let backing = Arc::new(unsafe { Contiguous::new(memory.pfn(), 1024) });
 //! vm.set_region(SlotId::new(0), Region::new(Gfn::new(0), 1024, backing))?; // at guest-physical 0
 //! let mut vcpu = vm.vcpu()?;
 //! let mut cpu = PhysCpu::new(TagSet::asids(16, true)); // one for each logical processor, shared by all VMs

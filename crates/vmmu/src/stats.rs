@@ -95,8 +95,6 @@ statistics! {
     pf_emulate,
     /// Faults that found the access already allowed.
     pf_spurious,
-    /// Faults resolved without Shared.
-    pf_fast,
     /// MMIO entries installed.
     pf_mmio_spte_created,
     /// Faults answered by an MMIO entry of the current generation.
@@ -111,6 +109,8 @@ statistics! {
     pf_fixed_1g,
     /// Table pages linked below roots, now.
     table_pages,
+    /// Table pages that vCPUs keep prepared, now.
+    table_pages_cached,
     /// Leaves of 4 KiB, now.
     pages_4k,
     /// Leaves of 2 MiB, now.
@@ -155,6 +155,20 @@ impl Counters {
 }
 
 impl Stats {
+    /// Makes gauges that were summed while readers ran, one reader's decrement before another's increment, what
+    /// they can be.
+    pub(crate) fn settle_gauges(&mut self) {
+        for gauge in [
+            &mut self.table_pages,
+            &mut self.table_pages_cached,
+            &mut self.pages_4k,
+            &mut self.pages_2m,
+            &mut self.pages_1g,
+        ] {
+            *gauge = gauge.cast_signed().max(0).cast_unsigned();
+        }
+    }
+
     /// Leaves of `size`, now.
     pub const fn pages(&self, size: PageSize) -> u64 {
         match size {

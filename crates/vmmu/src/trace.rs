@@ -53,11 +53,6 @@ pub enum Event {
         /// Whose.
         space: AddressSpace,
     },
-    /// A shootdown for these frames ended.
-    Shootdown {
-        /// The frames.
-        range: GfnRange,
-    },
     /// The host took these frames away.
     Invalidated {
         /// The frames.

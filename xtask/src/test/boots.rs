@@ -68,10 +68,14 @@ pub(crate) fn words(line: &str) -> Vec<String> {
     line.split_whitespace().map(str::to_owned).collect()
 }
 
-/// What every good boot must show: status 0, a clean audit, and, where memory is scattered, no RAM frame whose
-/// number is that of its guest page.
+/// Boots with the words of a line; it must succeed and be sound.
 pub(crate) fn good(log: &mut Log, line: &str) -> Result<Ended> {
-    let ended = boot(log, &words(line), 0)?;
+    sound(boot(log, &words(line), 0)?)
+}
+
+/// What every good boot must show: a clean audit, and, where memory is scattered, no RAM frame whose number is that
+/// of its guest page.
+pub(crate) fn sound(ended: Ended) -> Result<Ended> {
     let record = ended.record();
     ensure!(record.audit_is_clean() == Some(true), "the audit is not clean: {}", record.raw()["audit"]);
     ensure!(

@@ -1,6 +1,6 @@
 //! The steps that take long: each of the project's claims at its full figure, and all models.
 
-use super::boots::{boot, good, words};
+use super::boots::{boot, good, sound, words};
 use super::{Log, Step, quick};
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
@@ -35,7 +35,7 @@ pub(crate) fn steps() -> Vec<Step> {
     steps.push(Step::new("deep: stress-ng verifies its memory", |log| {
         let run = "stress-ng --vm 2 --vm-bytes 60% --verify --timeout 20s";
         let words = [&words("--with stress-ng --timeout 600 --run")[..], &[run.to_owned()]].concat();
-        boot(log, &words, 0).map(drop)
+        sound(boot(log, &words, 0)?).map(drop)
     }));
     steps.push(Step::new("deep: a Linux guest that prints panic text is healthy", |log| {
         let run = "echo 'Kernel panic - not syncing: Attempted to kill init!'";

@@ -1,6 +1,6 @@
 //! Guest memory for tests: pages made on first write, reads of the rest fail; each read is logged.
 
-use super::{ByteMemory, TableMemory};
+use super::{ByteMemory, ReadError, TableMemory};
 use crate::addr::{Gpa, PAGE_BYTES};
 use core::cell::RefCell;
 use std::collections::BTreeMap;
@@ -37,29 +37,29 @@ impl FakeMemory {
         self.write(gpa, &entry.to_le_bytes());
     }
 
-    fn get<const N: usize>(&self, gpa: Gpa) -> Option<[u8; N]> {
+    fn get<const N: usize>(&self, gpa: Gpa) -> Result<[u8; N], ReadError> {
         assert_eq!(gpa.raw() % N as u64, 0, "an entry of {N} bytes at {gpa}");
         let mut bytes = [0; N];
         self.read_bytes(gpa, &mut bytes)?;
         self.log.borrow_mut().push((gpa.raw(), u8::try_from(N).expect("4 or 8")));
-        Some(bytes)
+        Ok(bytes)
     }
 }
 
 impl TableMemory for FakeMemory {
-    fn read_u32(&self, gpa: Gpa) -> Option<u32> {
+    fn read_u32(&self, gpa: Gpa) -> Result<u32, ReadError> {
         self.get(gpa).map(u32::from_le_bytes)
     }
-    fn read_u64(&self, gpa: Gpa) -> Option<u64> {
+    fn read_u64(&self, gpa: Gpa) -> Result<u64, ReadError> {
         self.get(gpa).map(u64::from_le_bytes)
     }
 }
 
 impl ByteMemory for FakeMemory {
-    fn read_bytes(&self, gpa: Gpa, into: &mut [u8]) -> Option<()> {
-        let page = self.pages.get(&gpa.gfn().raw())?;
+    fn read_bytes(&self, gpa: Gpa, into: &mut [u8]) -> Result<(), ReadError> {
+        let page = self.pages.get(&gpa.gfn().raw()).ok_or(ReadError::Absent)?;
         let offset = usize::try_from(gpa.page_offset()).expect("below a page");
         into.copy_from_slice(&page[offset..offset + into.len()]);
-        Some(())
+        Ok(())
     }
 }

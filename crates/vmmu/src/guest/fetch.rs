@@ -2,8 +2,8 @@
 //!
 //! Invariant: no byte is read from a page that the guest may not execute.
 
-use super::ByteMemory;
 use super::walk::{WalkError, walk};
+use super::{ByteMemory, ReadError};
 use crate::addr::{Gpa, Gva, PAGE_BYTES};
 use crate::arch::paging::{Access, PagingState};
 use core::fmt;
@@ -61,7 +61,10 @@ pub fn fetch<M: ByteMemory>(
         let end = into.len().min(done + room);
         match fetch_in_page(state, memory, at, &mut into[done..end]) {
             Ok(()) => done = end,
-            Err(error) if done == 0 => return Err(error),
+            // That the host could not supply a page is no reason to hand out a part.
+            Err(error) if done == 0 || matches!(error, FetchError::Walk(WalkError::Host { .. })) => {
+                return Err(error);
+            }
             Err(_) => break,
         }
     }
@@ -75,5 +78,8 @@ fn fetch_in_page<M: ByteMemory>(
     into: &mut [u8],
 ) -> Result<(), FetchError> {
     let gpa = walk(state, memory, gva, Access::FETCH)?.gpa;
-    memory.read_bytes(gpa, into).ok_or(FetchError::Unreadable(gpa))
+    memory.read_bytes(gpa, into).map_err(|error| match error {
+        ReadError::Absent => FetchError::Unreadable(gpa),
+        ReadError::Host(why) => FetchError::Walk(WalkError::Host { at: gpa, why }),
+    })
 }

@@ -20,21 +20,31 @@ pub use pdpte::{PdpteError, load_pdptes};
 pub use walk::{Path, Step, Translation, WalkError, walk};
 
 use crate::addr::Gpa;
+use crate::error::Error;
+
+/// Why guest memory could not be read.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[non_exhaustive]
+pub enum ReadError {
+    /// There is no memory: for a walk, the entry is not present (S38, S47).
+    Absent,
+    /// There is, but the host could not supply it; nothing that the guest did.
+    Host(Error),
+}
 
 /// Guest memory that holds tables.
 pub trait TableMemory {
-    /// The 4-byte entry at `gpa`, a multiple of 4, by one atomic load. `None` where there is no memory to read:
-    /// the walk takes the entry as not present (S38, S47).
-    fn read_u32(&self, gpa: Gpa) -> Option<u32>;
+    /// The 4-byte entry at `gpa`, a multiple of 4, by one atomic load.
+    fn read_u32(&self, gpa: Gpa) -> Result<u32, ReadError>;
 
-    /// The 8-byte entry at `gpa`, a multiple of 8, by one atomic load; likewise.
-    fn read_u64(&self, gpa: Gpa) -> Option<u64>;
+    /// The 8-byte entry at `gpa`, a multiple of 8, by one atomic load.
+    fn read_u64(&self, gpa: Gpa) -> Result<u64, ReadError>;
 }
 
 /// Guest memory that holds anything.
 pub trait ByteMemory: TableMemory {
-    /// Fills `into` from `gpa` on, all within one 4 KiB page. `None` where there is no memory to read.
-    fn read_bytes(&self, gpa: Gpa, into: &mut [u8]) -> Option<()>;
+    /// Fills `into` from `gpa` on, all within one 4 KiB page.
+    fn read_bytes(&self, gpa: Gpa, into: &mut [u8]) -> Result<(), ReadError>;
 }
 
 #[cfg(test)]

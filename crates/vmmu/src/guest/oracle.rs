@@ -58,9 +58,9 @@ fn oracle(memory: &FakeMemory, state: &PagingState, gva: u64, kind: AccessKind) 
         let entry = if pointer && !state.pdptrs_in_memory {
             Some(state.pdptrs[usize::try_from(index).expect("below 4")])
         } else if wide {
-            memory.read_u64(Gpa::new(table + index * 8))
+            memory.read_u64(Gpa::new(table + index * 8)).ok()
         } else {
-            memory.read_u32(Gpa::new(table + index * 4)).map(u64::from)
+            memory.read_u32(Gpa::new(table + index * 4)).map(u64::from).ok()
         };
         let Some(entry) = entry.filter(|entry| entry & 1 != 0) else { return Err(base) };
         let large_bit = entry >> 7 & 1 == 1;

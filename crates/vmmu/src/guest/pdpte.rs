@@ -2,10 +2,11 @@
 //!
 //! Invariant: what is returned has no reserved bit in a present entry, so it may become the cached registers.
 
-use super::TableMemory;
+use super::{ReadError, TableMemory};
 use crate::addr::Gpa;
 use crate::arch::legacy::{GuestEntry, pdpte};
 use crate::arch::paging::PagingState;
+use crate::error::Error;
 use core::fmt;
 
 /// Why the load fails: the instruction is owed #GP(0), and CR3 keeps its value (S22, S56).
@@ -19,6 +20,13 @@ pub enum PdpteError {
         /// Its value.
         entry: u64,
     },
+    /// The host could not supply the entry: nothing that the guest is owed a fault for.
+    Host {
+        /// Where.
+        gpa: Gpa,
+        /// Why.
+        why: Error,
+    },
     /// There is no memory where the entry should be.
     Unreadable {
         /// Where.
@@ -31,6 +39,9 @@ impl fmt::Display for PdpteError {
         match self {
             Self::Reserved { index, entry } => {
                 write!(f, "page-directory-pointer entry {index} has reserved bits set: {entry:#x}")
+            }
+            Self::Host { gpa, why } => {
+                write!(f, "the page-directory-pointer entry at {gpa} cannot be read: {why}")
             }
             Self::Unreadable { gpa } => write!(f, "no memory for a page-directory-pointer entry at {gpa}"),
         }
@@ -52,7 +63,10 @@ pub fn load_pdptes<M: TableMemory>(
     let mut entries = [0; pdpte::COUNT];
     for (index, slot) in entries.iter_mut().enumerate() {
         let gpa = Gpa::new(table.raw() + 8 * index as u64);
-        let entry = memory.read_u64(gpa).ok_or(PdpteError::Unreadable { gpa })?;
+        let entry = memory.read_u64(gpa).map_err(|error| match error {
+            ReadError::Absent => PdpteError::Unreadable { gpa },
+            ReadError::Host(why) => PdpteError::Host { gpa, why },
+        })?;
         if pdpte::decode(entry, state.max_phys_bits) == GuestEntry::Reserved {
             return Err(PdpteError::Reserved { index, entry });
         }

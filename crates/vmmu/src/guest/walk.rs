@@ -3,12 +3,13 @@
 //! One source for both entry formats, one instance compiled for each (S35). Invariants: each entry is read once;
 //! present and reserved bits are judged level by level on the way down, rights once, at the leaf (S41).
 
-use super::TableMemory;
+use super::{ReadError, TableMemory};
 use crate::addr::{Gpa, Gva, Level, PAGE_BYTES};
 use crate::arch::legacy::{GuestEntry, GuestFormat, Legacy32, Legacy64, pdpte};
 use crate::arch::paging::{
     Access, CpuRole, GuestFault, PageFaultCode, PagingMode, PagingState, Request, Rights,
 };
+use crate::error::Error;
 use arrayvec::ArrayVec;
 use core::fmt;
 
@@ -21,6 +22,14 @@ pub enum WalkError {
     /// The address is not canonical or, outside long mode, not below 4 GiB: an instruction that uses it is owed
     /// #GP, or #SS for the stack segment, and no walk is made.
     NonCanonical(Gva),
+    /// The host could not supply the table at this address: nothing that the guest is owed a fault for. Try again,
+    /// or end the guest.
+    Host {
+        /// Where the entry lies.
+        at: Gpa,
+        /// Why it could not be read.
+        why: Error,
+    },
 }
 
 impl fmt::Display for WalkError {
@@ -28,6 +37,7 @@ impl fmt::Display for WalkError {
         match self {
             Self::Guest(fault) => fault.fmt(f),
             Self::NonCanonical(gva) => write!(f, "linear address {gva} is not canonical"),
+            Self::Host { at, why } => write!(f, "the table entry at {at} cannot be read: {why}"),
         }
     }
 }
@@ -37,6 +47,7 @@ impl core::error::Error for WalkError {
         match self {
             Self::Guest(fault) => Some(fault),
             Self::NonCanonical(_) => None,
+            Self::Host { why, .. } => Some(why),
         }
     }
 }
@@ -123,7 +134,7 @@ impl<M: TableMemory> Walker<'_, M> {
         let index = pdpte::index(self.gva.raw());
         let entry = if self.state.pdptrs_in_memory {
             let at = Gpa::new(pdpte::root(self.state.cr3).raw() + 8 * index as u64);
-            self.memory.read_u64(at).ok_or_else(|| self.not_present())?
+            self.memory.read_u64(at).map_err(|error| self.unreadable(at, error))?
         } else {
             self.state.pdptrs[index]
         };
@@ -142,7 +153,7 @@ impl<M: TableMemory> Walker<'_, M> {
         let mut path = Path::new();
         loop {
             let at = F::entry_address(table, self.gva.raw(), level);
-            let entry = self.read::<F>(at).ok_or_else(|| self.not_present())?;
+            let entry = self.read::<F>(at).map_err(|error| self.unreadable(at, error))?;
             path.push(Step { at, level, entry, rights_above: rights });
             match (format.decode(entry, level), level.below()) {
                 (GuestEntry::NotPresent, _) => return Err(self.not_present()),
@@ -166,8 +177,18 @@ impl<M: TableMemory> Walker<'_, M> {
     }
 
     #[inline]
-    fn read<F: GuestFormat>(&self, at: Gpa) -> Option<u64> {
+    fn read<F: GuestFormat>(&self, at: Gpa) -> Result<u64, ReadError> {
         if F::ENTRY_SHIFT == 2 { self.memory.read_u32(at).map(u64::from) } else { self.memory.read_u64(at) }
+    }
+
+    /// What an entry that could not be read means: not present where there is no memory (S38), the host's failure
+    /// elsewhere.
+    #[cold]
+    fn unreadable(&self, at: Gpa, error: ReadError) -> WalkError {
+        match error {
+            ReadError::Absent => self.not_present(),
+            ReadError::Host(why) => WalkError::Host { at, why },
+        }
     }
 
     #[cold]

@@ -1,6 +1,8 @@
 //! Software access to a guest's frames: atomic, because the guest's processors access them at the same time.
 //!
-//! A plain reference to memory that a guest writes would be undefined behaviour; this is the only door.
+//! A plain reference to memory that a guest writes would be undefined behaviour; this is the only door. Accesses
+//! of different widths to one place meet here, as they do between processors; the language's own model has no
+//! rule for that, and x86 has: each is atomic by itself.
 //! Invariant: a [`GuestPage`] exists only inside a section that was rechecked against the invalidation
 //! sequence after its announcement (PROTOCOLS 4), one page at a time.
 
@@ -8,7 +10,7 @@ use crate::addr::PAGE_BYTES;
 use crate::tlb::reader::Walking;
 use core::marker::PhantomData;
 use core::ptr::NonNull;
-use core::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering::Relaxed};
+use core::sync::atomic::{AtomicU8, AtomicU16, AtomicU32, AtomicU64, Ordering::Relaxed};
 
 /// One 4 KiB frame of guest memory, for as long as the section `'s` lasts.
 #[derive(Clone, Copy, Debug)]
@@ -27,19 +29,19 @@ impl<'s> GuestPage<'s> {
         Self { at, _section: PhantomData }
     }
 
-    /// Reads from `offset` on. An aligned word of 8 bytes is read at once.
+    /// Reads from `offset` on, in naturally aligned pieces of up to 8 bytes, each read at once: an aligned value of
+    /// 2, 4 or 8 bytes never tears.
     pub(crate) fn read(self, offset: usize, into: &mut [u8]) {
         assert!(offset + into.len() <= PAGE_BYTES as usize, "{} bytes at {offset} of a page", into.len());
         let mut done = 0;
         while done < into.len() {
-            let at = offset + done;
-            if at.is_multiple_of(8) && into.len() - done >= 8 {
-                into[done..done + 8].copy_from_slice(&self.u64(at).load(Relaxed).to_le_bytes());
-                done += 8;
-            } else {
-                into[done] = self.u8(at).load(Relaxed);
-                done += 1;
-            }
+            let (at, left) = (offset + done, &mut into[done..]);
+            done += match piece(at, left.len()) {
+                8 => copy(left, self.u64(at).load(Relaxed).to_le_bytes()),
+                4 => copy(left, self.u32(at).load(Relaxed).to_le_bytes()),
+                2 => copy(left, self.u16(at).load(Relaxed).to_le_bytes()),
+                _ => copy(left, [self.u8(at).load(Relaxed)]),
+            };
         }
     }
 
@@ -59,22 +61,20 @@ impl<'s> GuestPage<'s> {
         bytes.to_le_bytes()
     }
 
-    /// Writes from `offset` on. An aligned word of 8 bytes is written at once.
+    /// Writes from `offset` on, in naturally aligned pieces of up to 8 bytes, each written at once.
     pub(crate) fn write(self, offset: usize, from: &[u8]) {
         assert!(offset + from.len() <= PAGE_BYTES as usize, "{} bytes at {offset} of a page", from.len());
         let mut done = 0;
         while done < from.len() {
-            let at = offset + done;
-            match from[done..].first_chunk::<8>() {
-                Some(word) if at.is_multiple_of(8) => {
-                    self.u64(at).store(u64::from_le_bytes(*word), Relaxed);
-                    done += 8;
-                }
-                _ => {
-                    self.u8(at).store(from[done], Relaxed);
-                    done += 1;
-                }
+            let (at, left) = (offset + done, &from[done..]);
+            let size = piece(at, left.len());
+            match size {
+                8 => self.u64(at).store(u64::from_le_bytes(first(left)), Relaxed),
+                4 => self.u32(at).store(u32::from_le_bytes(first(left)), Relaxed),
+                2 => self.u16(at).store(u16::from_le_bytes(first(left)), Relaxed),
+                _ => self.u8(at).store(left[0], Relaxed),
             }
+            done += size;
         }
     }
 
@@ -85,8 +85,7 @@ impl<'s> GuestPage<'s> {
             offset.is_multiple_of(4) && offset < PAGE_BYTES as usize,
             "a 4-byte entry at {offset} of a page"
         );
-        // SAFETY: aligned and inside the frame, which is mapped while the section lasts (contract of `new`).
-        unsafe { self.at.add(offset).cast::<AtomicU32>().as_ref() }.load(Relaxed)
+        self.u32(offset).load(Relaxed)
     }
 
     /// One aligned 8-byte entry of a guest's table.
@@ -99,6 +98,15 @@ impl<'s> GuestPage<'s> {
         self.u64(offset).load(Relaxed)
     }
 
+    fn u16(self, offset: usize) -> &'s AtomicU16 {
+        // SAFETY: the callers keep `offset` inside the frame and a multiple of 2; frames are page-aligned.
+        unsafe { self.at.add(offset).cast::<AtomicU16>().as_ref() }
+    }
+    #[inline(always)]
+    fn u32(self, offset: usize) -> &'s AtomicU32 {
+        // SAFETY: the callers keep `offset` inside the frame and a multiple of 4; frames are page-aligned.
+        unsafe { self.at.add(offset).cast::<AtomicU32>().as_ref() }
+    }
     fn u8(self, offset: usize) -> &'s AtomicU8 {
         // SAFETY: the callers keep `offset` inside the frame, which is mapped while the section lasts.
         unsafe { self.at.add(offset).cast::<AtomicU8>().as_ref() }
@@ -108,6 +116,27 @@ impl<'s> GuestPage<'s> {
         // SAFETY: the callers keep `offset` inside the frame and a multiple of 8; frames are page-aligned.
         unsafe { self.at.add(offset).cast::<AtomicU64>().as_ref() }
     }
+}
+
+/// The largest naturally aligned piece at `at`, of at most `left` bytes.
+#[inline]
+fn piece(at: usize, left: usize) -> usize {
+    [8, 4, 2].into_iter().find(|size| at.is_multiple_of(*size) && *size <= left).unwrap_or(1)
+}
+
+/// Copies `bytes` to the front of `into` and says how many.
+#[inline]
+fn copy<const N: usize>(into: &mut [u8], bytes: [u8; N]) -> usize {
+    into[..N].copy_from_slice(&bytes);
+    N
+}
+
+/// The first `N` bytes of `from`, which has as many.
+#[inline]
+fn first<const N: usize>(from: &[u8]) -> [u8; N] {
+    let mut bytes = [0; N];
+    bytes.copy_from_slice(&from[..N]);
+    bytes
 }
 
 #[cfg(test)]

@@ -4,7 +4,7 @@
 //! Invariants: the range only grows until no invalidation is open; an end raises the sequence before it lowers
 //! the count, and a recheck reads the count (with the range) before the sequence, so no fault can miss both.
 
-use crate::addr::{Gfn, GfnRange};
+use crate::addr::{Gfn, GfnRange, Level};
 use crate::mutants::Mutant::{
     CountBeforeSequence, NoRangeRecheck, NoSequenceBump, NoSequenceRecheck, RangeShrinks, SequenceFirst,
 };
@@ -61,6 +61,26 @@ impl InvalidationSequence {
             }
         }
         mutant(SequenceFirst) || mutant(NoSequenceRecheck) || self.sequence.load(Acquire) == snapshot.0
+    }
+
+    /// The largest level, up to `level`, at which the block around `gfn` has nothing of an open invalidation: a
+    /// page beside one that is being taken away is mapped smaller instead of waiting for it. `None` where the page
+    /// itself is being taken away. The sequence is still to be asked, by [`Self::is_current`].
+    #[inline(always)]
+    pub(crate) fn clear_level(&self, gfn: Gfn, level: Level) -> Option<Level> {
+        if self.open.load(Acquire) == 0 { Some(level) } else { self.clear_level_beside(gfn, level) }
+    }
+
+    #[cold]
+    fn clear_level_beside(&self, gfn: Gfn, mut level: Level) -> Option<Level> {
+        let (start, end) = (self.start.load(Acquire), self.end.load(Acquire));
+        loop {
+            let block = GfnRange::block(gfn, level);
+            if end <= block.start().raw() || block.end().raw() <= start {
+                return Some(level);
+            }
+            level = level.below()?;
+        }
     }
 
     /// Invalidations that are open.
@@ -148,5 +168,24 @@ mod tests {
         assert!(!sequence.is_current(page(12), new));
         assert!(sequence.is_current(page(12), sequence.snapshot()));
         assert_eq!(sequence.open_since(), None);
+    }
+
+    /// Beside an open range a block gets smaller until it misses it; inside there is none.
+    #[test]
+    fn blocks_beside_an_open_range() {
+        let (tlb, host) = (Tlb::new(), QuietHost::new());
+        let line = tlb.readers.take(None);
+        let sequence = InvalidationSequence::new();
+        let clear = |gfn| sequence.clear_level(Gfn::new(gfn), Level::L3).map(Level::number);
+        assert_eq!(clear(600), Some(3));
+        {
+            let exclusive = tlb.lock.exclusive(&tlb, line, &host);
+            sequence.begin(&exclusive, range(600, 610), 1);
+        }
+        assert_eq!(clear(599), Some(1));
+        assert_eq!(clear(600), None);
+        assert_eq!(clear(0), Some(2));
+        assert_eq!(clear(1 << 18), Some(3));
+        sequence.end(&tlb.lock.writer());
     }
 }

@@ -155,8 +155,14 @@ mod tests {
     use crate::host::Contiguous;
     use crate::names::AddressSpace;
 
+    /// A backing that nobody asks.
+    fn nothing() -> Arc<dyn Backing> {
+        // SAFETY: no guest ever gets the frames.
+        Arc::new(unsafe { Contiguous::new(Pfn::new(0), 1) })
+    }
+
     fn region(gfn: u64, pages: u64) -> Region {
-        Region::new(Gfn::new(gfn), pages, Arc::new(Contiguous::new(Pfn::new(0))))
+        Region::new(Gfn::new(gfn), pages, nothing())
     }
     const LIMIT: Gfn = Gfn::new((1 << 36) - 1);
 
@@ -188,7 +194,7 @@ mod tests {
             id: SlotId::new(0),
             range: GfnRange::new(Gfn::new(0x100), Gfn::new(0x40_000 + 0x300)).expect("ordered"),
             flags: RegionFlags::empty(),
-            backing: Arc::new(Contiguous::new(Pfn::new(0))),
+            backing: nothing(),
             changing: false,
         };
         let level = |gfn: u64, pfn: u64, size| slot.leaf_level(Gfn::new(gfn), Pfn::new(pfn), size, Level::L3);

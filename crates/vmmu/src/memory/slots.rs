@@ -50,6 +50,12 @@ pub(crate) struct SlotSet {
     generation: AtomicU64,
 }
 
+/// A set that was replaced and has no reader any more. It is to be dropped with no lock held: the last reference to
+/// a backing may go with it, and that is the user's code.
+#[must_use = "drop it with no lock held"]
+#[derive(Debug)]
+pub(crate) struct OldSet(#[allow(dead_code)] Box<SlotSet>);
+
 /// Where a vCPU found its last slot (M17).
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub(crate) struct Hint(usize);
@@ -248,7 +254,7 @@ impl SlotsWriter<'_> {
         id: SlotId,
         slot: Option<Arc<Slot>>,
         at_wrap: impl FnOnce(),
-    ) {
+    ) -> OldSet {
         let space = id.space;
         let old = self.set(space);
         let generation = old.generation.load(Relaxed);
@@ -269,7 +275,7 @@ impl SlotsWriter<'_> {
         self.set(space).generation.store(generation + stride, Release);
         // SAFETY: the old set came from `Box::into_raw`, is no longer published, and every section that could
         // have read it has ended; this writer's references to it (`old`) are not used any more.
-        drop(unsafe { Box::from_raw(before) });
+        OldSet(unsafe { Box::from_raw(before) })
     }
 
     /// Whether the kept bits of a space's generation start over with the next change: for tests.
@@ -290,8 +296,14 @@ mod tests {
 
     const MAX: Gfn = Gfn::new((1 << 36) - 1);
 
+    /// A backing that nobody asks.
+    fn nothing() -> Arc<dyn Backing> {
+        // SAFETY: no guest ever gets the frames.
+        Arc::new(unsafe { Contiguous::new(Pfn::new(0), 1) })
+    }
+
     fn backing() -> Arc<dyn Backing> {
-        Arc::new(Contiguous::new(Pfn::new(0)))
+        nothing()
     }
     fn region(gfn: u64, pages: u64, backing: &Arc<dyn Backing>) -> Region {
         Region::new(Gfn::new(gfn), pages, backing.clone())
@@ -303,7 +315,7 @@ mod tests {
             Change::Nothing => return Ok(()),
             Change::Create(slot) | Change::Flags(slot) | Change::Move { to: slot, .. } => slot,
         };
-        writer.publish(&tlb, &host, id, Some(slot), || {});
+        drop(writer.publish(&tlb, &host, id, Some(slot), || {}));
         Ok(())
     }
 
@@ -362,7 +374,7 @@ mod tests {
             writer.set_generation(AddressSpace::NORMAL, (MMIO_GENERATION_MASK + 1) - 2 * stride);
             let mut wraps = 0;
             for expected in [0, 1, 1] {
-                writer.publish(&tlb, &host, id, None, || wraps += 1);
+                drop(writer.publish(&tlb, &host, id, None, || wraps += 1));
                 assert_eq!(wraps, expected);
             }
             assert_eq!(u64::from(writer.set(AddressSpace::NORMAL).generation().for_mmio()), stride);

@@ -56,6 +56,8 @@ pub(crate) enum Rank {
     Slots,
     /// The writers' mutex: Exclusive, and the end of an invalidation.
     Writers,
+    /// Growth of the arena: the host is asked for memory under it.
+    Growth,
     /// Lists and pools: nothing nests inside.
     Leaf,
 }

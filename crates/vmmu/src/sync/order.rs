@@ -11,16 +11,23 @@ pub(crate) use unchecked::*;
 #[cfg(all(debug_assertions, feature = "std"))]
 mod checked {
     use crate::sync::Rank;
+    use alloc::sync::{Arc, Weak};
+    use alloc::vec::Vec;
     use core::cell::RefCell;
-    use std::vec::Vec;
+    use core::sync::atomic::{AtomicBool, Ordering};
 
     /// What one thread or task holds.
     #[derive(Debug, Default)]
     struct Held {
         locks: Vec<Rank>,
         invalidations: usize,
-        guests: usize,
+        /// Entries made here, whoever ends them: each mark is true while its vCPU is in the guest.
+        guests: Vec<Weak<AtomicBool>>,
     }
+
+    /// Whether a vCPU is in the guest.
+    #[derive(Clone, Debug, Default)]
+    pub(crate) struct GuestMark(Arc<AtomicBool>);
 
     std::thread_local! {
         static HELD: RefCell<Vec<Held>> = const { RefCell::new(Vec::new()) };
@@ -73,20 +80,35 @@ mod checked {
         let open = with(|held| held.invalidations);
         assert!(open == 0, "memory was asked for under {open} invalidation guards of the same thread");
     }
-    /// Notes that this thread entered (`true`) or left a guest.
-    pub(crate) fn guest(entered: bool) {
-        with(|held| count(&mut held.guests, entered));
+    /// Notes that this thread entered a guest.
+    pub(crate) fn entered(mark: &GuestMark) {
+        mark.0.store(true, Ordering::Relaxed);
+        with(|held| {
+            held.guests.retain(|guest| guest.upgrade().is_some_and(|g| g.load(Ordering::Relaxed)));
+            held.guests.push(Arc::downgrade(&mark.0));
+        });
+    }
+    /// Notes that the vCPU of `mark` has left it, on whatever thread.
+    pub(crate) fn left(mark: &GuestMark) {
+        mark.0.store(false, Ordering::Relaxed);
     }
     /// Panics where this thread is about to wait for guests to leave, and is in one.
     pub(crate) fn waits_for_guests() {
-        let guests = with(|held| held.guests);
-        assert!(guests == 0, "an operation on the VM between an entry and its end");
+        let inside = |guest: &Weak<AtomicBool>| guest.upgrade().is_some_and(|g| g.load(Ordering::Relaxed));
+        assert!(
+            !with(|held| held.guests.iter().any(inside)),
+            "an operation on the VM between an entry and its end"
+        );
     }
 }
 
 #[cfg(not(all(debug_assertions, feature = "std")))]
 mod unchecked {
     use crate::sync::Rank;
+
+    /// Nothing is kept.
+    #[derive(Clone, Debug, Default)]
+    pub(crate) struct GuestMark;
 
     #[inline(always)]
     pub(crate) fn enter(_: Rank) {}
@@ -97,7 +119,9 @@ mod unchecked {
     #[inline(always)]
     pub(crate) fn waits_for_invalidations() {}
     #[inline(always)]
-    pub(crate) fn guest(_: bool) {}
+    pub(crate) fn entered(_: &GuestMark) {}
+    #[inline(always)]
+    pub(crate) fn left(_: &GuestMark) {}
     #[inline(always)]
     pub(crate) fn waits_for_guests() {}
 }

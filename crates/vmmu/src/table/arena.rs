@@ -67,6 +67,8 @@ impl fmt::Debug for FreePage {
 /// The tables of one VM.
 pub(crate) struct Arena<H> {
     pool: Mutex<Pool>,
+    /// Held by whoever asks the host for a block, so that two do not take one shortage for two.
+    growing: Mutex<()>,
     limit: u64,
     identity: u64,
     below_4g: bool,
@@ -78,6 +80,7 @@ pub(crate) struct Arena<H> {
 #[derive(Debug)]
 struct Pool {
     first: u64,
+    last: u64,
     free_pages: u64,
 }
 
@@ -89,7 +92,7 @@ pub(crate) struct Tables<'a, H> {
 
 /// The block in which a page lies.
 #[inline(always)]
-fn block_of(page: Hpa) -> Hpa {
+pub(crate) fn block_of(page: Hpa) -> Hpa {
     Hpa::new(page.raw() & !(BLOCK_BYTES - 1))
 }
 
@@ -104,7 +107,8 @@ impl<H: Host> Arena<H> {
     /// An arena without blocks, of at most `limit` bytes.
     pub(crate) fn new(limit: u64, identity: u64, below_4g: bool) -> Self {
         Self {
-            pool: Mutex::new(Rank::Leaf, Pool { first: 0, free_pages: 0 }),
+            pool: Mutex::new(Rank::Leaf, Pool { first: 0, last: 0, free_pages: 0 }),
+            growing: Mutex::new(Rank::Growth, ()),
             limit,
             identity,
             below_4g,
@@ -138,17 +142,25 @@ impl<'a, H: Host> Tables<'a, H> {
             && self.record(block_of(page)).owner.load(Relaxed) == self.arena.identity
     }
 
-    /// Takes a page, asking the host for a block where none is free. Takes leaf locks only.
+    /// Takes a page, asking the host for a block where none is free. Called with nothing held.
     pub(crate) fn alloc(&self) -> Result<FreePage, Error> {
+        if let Some(page) = self.alloc_free() {
+            return Ok(page);
+        }
+        let _growing = self.arena.growing.lock();
         loop {
-            {
-                let mut pool = self.arena.pool.lock();
-                if let Some(page) = self.take_free(&mut pool) {
-                    return Ok(page);
-                }
+            // Whoever grew before this one may have left enough.
+            if let Some(page) = self.alloc_free() {
+                return Ok(page);
             }
             self.grow()?;
         }
+    }
+
+    /// Takes a page that is free already.
+    pub(crate) fn alloc_free(&self) -> Option<FreePage> {
+        let mut pool = self.arena.pool.lock();
+        self.take_free(&mut pool)
     }
 
     fn take_free(&self, pool: &mut Pool) -> Option<FreePage> {
@@ -259,41 +271,34 @@ impl<'a, H: Host> Tables<'a, H> {
         let record = self.record(Hpa::new(block));
         record.gfn.store(0, Relaxed);
         record.level.store(pool.first, Relaxed);
-        if pool.first != 0 {
-            self.record(Hpa::new(pool.first)).gfn.store(block, Relaxed);
+        match pool.first {
+            0 => pool.last = block,
+            first => self.record(Hpa::new(first)).gfn.store(block, Relaxed),
         }
         pool.first = block;
     }
 
     fn push_back(&self, pool: &mut Pool, block: u64) {
-        let mut last = pool.first;
-        if last == 0 {
-            return self.push_front(pool, block);
-        }
-        // Blocks without free pages are all at the back: the walk is as long as the list, once a block.
-        loop {
-            let next = self.record(Hpa::new(last)).level.load(Relaxed);
-            if next == 0 {
-                break;
-            }
-            last = next;
-        }
-        self.record(Hpa::new(last)).level.store(block, Relaxed);
         let record = self.record(Hpa::new(block));
-        record.gfn.store(last, Relaxed);
+        record.gfn.store(pool.last, Relaxed);
         record.level.store(0, Relaxed);
+        match pool.last {
+            0 => pool.first = block,
+            last => self.record(Hpa::new(last)).level.store(block, Relaxed),
+        }
+        pool.last = block;
     }
 
     fn unlink(&self, pool: &mut Pool, block: u64) {
         let record = self.record(Hpa::new(block));
         let (previous, next) = (record.gfn.load(Relaxed), record.level.load(Relaxed));
-        if previous == 0 {
-            pool.first = next;
-        } else {
-            self.record(Hpa::new(previous)).level.store(next, Relaxed);
+        match previous {
+            0 => pool.first = next,
+            previous => self.record(Hpa::new(previous)).level.store(next, Relaxed),
         }
-        if next != 0 {
-            self.record(Hpa::new(next)).gfn.store(previous, Relaxed);
+        match next {
+            0 => pool.last = previous,
+            next => self.record(Hpa::new(next)).gfn.store(previous, Relaxed),
         }
     }
 
@@ -312,37 +317,40 @@ impl<'a, H: Host> Tables<'a, H> {
         (Gfn::new(record.gfn.load(Relaxed)), level)
     }
 
-    /// Pages on free lists, counted one by one: for the audit.
-    pub(crate) fn count_free(&self) -> (u64, u64) {
+    /// Every block and its free pages, counted one by one: for the audit.
+    pub(crate) fn count_free(&self, mut show: impl FnMut(Hpa)) -> u64 {
         let pool = self.arena.pool.lock();
-        let (mut blocks, mut free) = (0, 0);
+        let mut free = 0;
         let mut block = pool.first;
         while block != 0 {
+            show(Hpa::new(block));
             let record = self.record(Hpa::new(block));
             let mut page = record.free.load(Relaxed);
             while page != 0 {
                 free += 1;
                 page = self.record(Hpa::new(page)).next.load(Relaxed);
             }
-            blocks += 1;
             block = record.level.load(Relaxed);
         }
-        (blocks, free)
+        free
     }
 
-    /// Gives every block back to the host: for the end of the VM, when no page is in use.
-    pub(crate) fn release_all(&self) {
+    /// Gives every block back to the host: for the end of the VM, when no page is in use. Returns the pages that
+    /// somebody lost.
+    pub(crate) fn release_all(&self) -> u64 {
+        let mut lost = 0;
         loop {
             let block = {
                 let mut pool = self.arena.pool.lock();
                 let block = pool.first;
                 if block == 0 {
                     pool.free_pages = 0;
-                    return;
+                    return lost;
                 }
                 self.unlink(&mut pool, block);
                 block
             };
+            lost += BLOCK_TABLES - self.record(Hpa::new(block)).generation.load(Relaxed);
             self.arena.blocks.fetch_sub(1, Relaxed);
             self.host.free_tables(Hpa::new(block), BLOCK_ORDER);
         }
@@ -387,9 +395,10 @@ mod tests {
         for page in pages {
             tables.free(page);
         }
-        let (blocks, free) = tables.count_free();
+        let mut blocks = 0;
+        let free = tables.count_free(|_| blocks += 1);
         assert!(blocks <= 2 && free == blocks * BLOCK_TABLES, "{blocks} blocks with {free} free pages");
-        tables.release_all();
+        assert_eq!(tables.release_all(), 0);
         assert_eq!((arena.bytes(), host.blocks_out()), (0, 0));
     }
 
@@ -406,7 +415,7 @@ mod tests {
         }
         let again = tables.alloc().expect("a page was freed");
         tables.free(again);
-        tables.release_all();
+        assert_eq!(tables.release_all(), 0);
         assert_eq!(host.blocks_out(), 0);
     }
 }

@@ -42,25 +42,31 @@ pub(crate) struct Cache {
 }
 
 impl Cache {
+    /// Pages in the cache.
+    pub(crate) fn len(&self) -> usize {
+        self.pages.len()
+    }
+
     /// Whether any fault can be served without more.
     #[inline(always)]
     pub(crate) fn suffices(&self) -> bool {
         self.pages.len() >= NEEDED
     }
 
-    /// Fills the cache up to what one fault can need, and beyond it while that costs nothing but time.
-    /// Called with nothing held.
+    /// Fills the cache up to what one fault can need, and beyond it with pages that are free already. Called with
+    /// nothing held.
     pub(crate) fn top_up<H: Host, F: Format>(
         &mut self,
         tables: &Tables<'_, H>,
         format: &F,
     ) -> Result<(), Error> {
-        while !self.pages.is_full() {
-            match tables.alloc() {
-                Ok(page) => self.pages.push(PreparedPage::new(tables, format, page)),
-                Err(_) if self.suffices() => break,
-                Err(error) => return Err(error),
-            }
+        while !self.suffices() {
+            self.pages.push(PreparedPage::new(tables, format, tables.alloc()?));
+        }
+        while !self.pages.is_full()
+            && let Some(page) = tables.alloc_free()
+        {
+            self.pages.push(PreparedPage::new(tables, format, page));
         }
         Ok(())
     }
@@ -104,7 +110,7 @@ mod tests {
         assert!(tables.page_unchecked(page.page().at()).entries().all(|e| e.load() == format.empty()));
         cache.put_back(page);
         cache.release(&tables);
-        tables.release_all();
+        assert_eq!(tables.release_all(), 0);
         assert_eq!(host.blocks_out(), 0);
     }
 }

@@ -13,7 +13,7 @@ use crate::arch::entry::{Entry, Format, Raw};
 use crate::host::Host;
 
 /// Entries that one piece of work may meet: it stalls others by no more than some ten thousand instructions.
-pub(crate) const PIECE: u32 = 4096;
+pub(crate) const PIECE: u64 = 4096;
 
 /// An entry as the cursor meets it.
 #[derive(Clone, Copy, Debug)]
@@ -49,7 +49,7 @@ pub(crate) struct Cursor<'s, H, F, S> {
     lowest: Level,
     range: GfnRange,
     at: Option<(Gfn, Level)>,
-    budget: u32,
+    budget: u64,
 }
 
 impl<'s, H: Host, F: Format, S: Section> Cursor<'s, H, F, S> {
@@ -62,7 +62,7 @@ impl<'s, H: Host, F: Format, S: Section> Cursor<'s, H, F, S> {
         root: Hpa,
         range: GfnRange,
         lowest: Level,
-        budget: u32,
+        budget: u64,
     ) -> Self {
         let root_level = format.root_level();
         let mut path = [None; 5];
@@ -160,7 +160,7 @@ mod tests {
     type Leaves = Vec<(u64, u8)>;
 
     /// Maps `leaves`, walks `range` down to `lowest` in pieces of `budget`; returns what was met and what should be.
-    fn walk(leaves: &[(u64, u8)], range: (u64, u64), budget: u32, lowest: Level) -> (Leaves, Leaves) {
+    fn walk(leaves: &[(u64, u8)], range: (u64, u64), budget: u64, lowest: Level) -> (Leaves, Leaves) {
         let (tlb, host) = (Tlb::new(), QuietHost::new());
         let arena = Arena::new(1 << 30, 1, false);
         let env = Env { host: &host, tlb: &tlb, arena: &arena };
@@ -217,7 +217,7 @@ mod tests {
         met.dedup();
         cache.release(&env.tables());
         tdp.free_all(env, line, &root);
-        env.tables().release_all();
+        assert_eq!(env.tables().release_all(), 0);
         (met, expected)
     }
 
@@ -228,7 +228,7 @@ mod tests {
             leaves in proptest::collection::vec((0u64..1 << 21, 1u8..=3), 0..24),
             start in 0u64..1 << 21,
             len in 0u64..1 << 20,
-            budget in 16u32..600,
+            budget in 16u64..600,
             lowest in 1u8..=3,
         ) {
             let lowest = Level::new(lowest).expect("1 to 3");

@@ -49,15 +49,31 @@ pub(crate) enum Mapped<'t> {
     Spurious,
     /// Somebody else changed something on the way: the guest tries again.
     Retry,
+    /// A table is needed, and the cache has none.
+    NoTable,
     /// A leaf of this size took the place of a table, which is to be paid for and retired before Shared ends.
     Collapsed(PageSize, Removed<'t>),
     /// An invariant is broken.
     Broken(Bug),
 }
 
+/// How an attempt to cache "no slot" ended.
+#[must_use]
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum MmioMapped {
+    /// The entry was made.
+    Created,
+    /// There is no table for it: the access is a device's all the same.
+    NotCached,
+    /// Something is there by now: the guest tries again.
+    Retry,
+}
+
 /// What stopped a descent.
 enum Stopped {
     Retry,
+    /// A table is needed, and the cache has none.
+    NoTable,
     /// A large leaf that allows the access, or that must not be split.
     AtLeaf,
 }
@@ -146,12 +162,13 @@ impl<F: Format> Tdp<F> {
         match self.descend(at, &mut Descent { env, shared, gfn, goal, split_for, cache }) {
             Ok(at) => self.install(env, shared, at, want),
             Err(Stopped::Retry) => Mapped::Retry,
+            Err(Stopped::NoTable) => Mapped::NoTable,
             Err(Stopped::AtLeaf) => Mapped::Spurious,
         }
     }
 
     /// Caches "no slot" for `gfn` (T45, T73). Replaces only what is not present (PROTOCOLS 5): a leaf met on
-    /// the way means that the guest tries again. Returns whether the entry was made.
+    /// the way means that the guest tries again.
     pub(crate) fn map_mmio<'s, H: Host>(
         &self,
         env: Env<'s, H>,
@@ -159,21 +176,23 @@ impl<F: Format> Tdp<F> {
         at: Position<'s>,
         mmio: Mmio,
         cache: &mut Cache,
-    ) -> bool {
+    ) -> MmioMapped {
         let (gfn, goal, split_for) = (mmio.gfn, Level::L1, None);
-        let Ok(at) = self.descend(at, &mut Descent { env, shared, gfn, goal, split_for, cache }) else {
-            return false;
+        let at = match self.descend(at, &mut Descent { env, shared, gfn, goal, split_for, cache }) {
+            Ok(at) => at,
+            Err(Stopped::NoTable) => return MmioMapped::NotCached,
+            Err(Stopped::Retry | Stopped::AtLeaf) => return MmioMapped::Retry,
         };
         let (old, new) = (self.format.decode(at.raw, at.level), Entry::Mmio(mmio));
         let replaceable = judge(old, new, true) == Ok(Flush::None) && old != Entry::Frozen;
         if !replaceable && !mutant(MmioOverLeaf) {
-            return false;
+            return MmioMapped::Retry;
         }
-        let created = at.cell.compare_exchange(at.raw, self.format.encode(new, Level::L1)).is_ok();
-        if created {
-            shared.line().counters.pf_mmio_spte_created.add(1);
+        if at.cell.compare_exchange(at.raw, self.format.encode(new, Level::L1)).is_err() {
+            return MmioMapped::Retry;
         }
-        created
+        shared.line().counters.pf_mmio_spte_created.add(1);
+        MmioMapped::Created
     }
 
     /// Goes down to the goal, linking tables from the cache where there are none.
@@ -189,7 +208,7 @@ impl<F: Format> Tdp<F> {
                 Entry::Frozen => return Err(Stopped::Retry),
                 Entry::Link(table) => table,
                 Entry::Empty | Entry::Mmio(_) => {
-                    let page = to.cache.take().ok_or(Stopped::Retry)?;
+                    let page = to.cache.take().ok_or(Stopped::NoTable)?;
                     let table = page.page().at();
                     tables.describe(table, to.gfn.align_down(at.level), below);
                     let link = self.format.encode(Entry::Link(table), at.level);
@@ -198,7 +217,9 @@ impl<F: Format> Tdp<F> {
                         return Err(Stopped::Retry);
                     }
                     page.into_inner().hand_over();
-                    to.shared.line().counters.table_pages.add(1);
+                    let counters = &to.shared.line().counters;
+                    counters.table_pages.add(1);
+                    counters.table_pages_cached.sub(1);
                     table
                 }
                 Entry::Leaf(leaf) => {
@@ -226,7 +247,7 @@ impl<F: Format> Tdp<F> {
         let (Some(large), Some(small)) = (PageSize::at(at.level), PageSize::at(below)) else {
             return Err(Stopped::Retry);
         };
-        let page = to.cache.take().ok_or(Stopped::Retry)?.into_inner();
+        let page = to.cache.take().ok_or(Stopped::NoTable)?.into_inner();
         let table = page.at();
         tables.describe(table, to.gfn.align_down(at.level), below);
         tables.fill_with(&page, |index| {
@@ -242,6 +263,7 @@ impl<F: Format> Tdp<F> {
         page.hand_over();
         let counters = &to.shared.line().counters;
         counters.table_pages.add(1);
+        counters.table_pages_cached.sub(1);
         counters.pages(large).sub(1);
         counters.pages(small).add(ENTRIES as u64);
         counters.pages_split.add(1);

@@ -38,7 +38,7 @@ impl<F: Format> Tdp<F> {
         for root in self.roots.all().iter() {
             let (tables, format) = (env.tables(), &self.format);
             let mut cursor =
-                Cursor::new(tables, format, exclusive, root.page, GfnRange::ALL, Level::L1, u32::MAX);
+                Cursor::new(tables, format, exclusive, root.page, GfnRange::ALL, Level::L1, u64::MAX);
             while let Some(step) = cursor.next() {
                 let Step { level, gfn, raw, entry, .. } = step;
                 let (space, root_is_valid) = (root.space, root.is_valid());

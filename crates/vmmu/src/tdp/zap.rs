@@ -7,7 +7,7 @@
 
 use super::root::Root;
 use super::{Env, Tdp};
-use crate::addr::{Gfn, GfnRange, Hpa, Level, PageSize};
+use crate::addr::{ENTRIES, Gfn, GfnRange, Hpa, Level, PageSize};
 use crate::arch::entry::{Entry, Format};
 use crate::host::Host;
 use crate::mutants::Mutant::EmptiedNotFrozen;
@@ -122,8 +122,9 @@ impl<F: Format> Tdp<F> {
         removed.pages.push(&tables, table);
     }
 
-    /// Removes entries of an invalid root until the budget ends; returns where to go on. The root's shootdown
-    /// has ended, so nothing is owed (T104, T148j).
+    /// Removes entries of an invalid root until the budget ends; returns where to go on. The shootdown of whoever
+    /// invalidated it is what was owed for all of them (T104, T148j); it may still be under way, and so may not
+    /// serve as the retirement of what is unlinked here.
     pub(crate) fn zap_invalid<H: Host>(
         &self,
         env: Env<'_, H>,
@@ -135,8 +136,8 @@ impl<F: Format> Tdp<F> {
         debug_assert!(!root.is_valid());
         let ZapProgress { level, from } = progress;
         let range = GfnRange::new(from, GfnRange::ALL.end()).unwrap_or(GfnRange::EMPTY);
-        // A link of level 2 takes a table of 512 leaves with it: a sixteenth of the budget each.
-        let budget = if level == Level::L2 { PIECE / 16 } else { PIECE };
+        // A link takes a table of 512 entries with it.
+        let budget = PIECE / ENTRIES as u64;
         let mut cursor = Cursor::new(env.tables(), &self.format, shared, root.page, range, level, budget);
         while let Some(step) = cursor.next() {
             if step.level != level || step.entry == Entry::Empty {

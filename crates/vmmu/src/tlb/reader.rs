@@ -179,7 +179,7 @@ impl Line {
     pub(crate) fn walk_with_slots<'t>(&'t self, tlb: &'t Tlb) -> (Walking<'t>, SlotSection<'t>) {
         let before = self.raise(State::Walking, &tlb.generation);
         debug_assert_eq!(self.slots.load(Relaxed), 0, "slot sections do not nest");
-        self.slots.store(tlb.slot_epoch.now(), Relaxed);
+        self.slots.store(tlb.slot_epoch.now(), Release);
         if !mutant(NoFenceWalk) {
             full_fence();
         }
@@ -199,7 +199,9 @@ impl Line {
             // A section may load the generation before it announces: older is safe.
             let renew = before == Announcement::OUT || mutant(NestNewGeneration);
             let since = if renew { generation.now() } else { before.since() };
-            self.state.store(Announcement::new(state, since).0, Relaxed);
+            // Release: the end of the section before was one, and a scan that reads this announcement instead of
+            // that end must see what was done before it all the same.
+            self.state.store(Announcement::new(state, since).0, Release);
         }
         before
     }
@@ -214,7 +216,7 @@ impl Line {
     #[inline]
     pub(crate) fn announce_guest(&self, root: Hpa) {
         self.root.store(root.raw(), Relaxed);
-        self.state.store(Announcement::new(State::InGuest, 0).0, Relaxed);
+        self.state.store(Announcement::new(State::InGuest, 0).0, Release);
     }
 
     /// Publishes since when the owner is in the guest, and says whether a request waits.

@@ -46,6 +46,10 @@ impl<'t> FlushDebt<'t> {
         self.range = GfnRange::EMPTY;
         Some(self.tlb.shootdown(line, host))
     }
+    /// Asserts that nothing is owed: in an invalid root, whose shootdown came before (T104, T148j).
+    pub(crate) fn none_owed(self) {
+        debug_assert!(self.range.is_empty(), "an invalid root owes a flush of {:?}", self.range);
+    }
     /// A debt that a shootdown still to come in the same operation pays, whatever else it covers.
     pub(crate) fn paid_by_what_follows(mut self) {
         self.range = GfnRange::EMPTY;
@@ -73,14 +77,14 @@ impl Tlb {
             let announced = line.announcement();
             announced.state() == State::InGuest && announced.is_older_than(generation)
         };
-        let mut kicked = false;
+        let mut found = false;
         for line in self.readers.iter().filter(|line| old(line)) {
+            found = true;
             if let Some(vcpu) = line.vcpu() {
                 host.kick(vcpu);
-                kicked = true;
             }
         }
-        if kicked {
+        if found {
             own.counters.remote_tlb_flush.add(1);
             for line in self.readers.iter() {
                 while old(line) && !mutant(NoShootdownWait) {

@@ -36,15 +36,15 @@ impl Identity {
 #[non_exhaustive]
 pub struct TagSet {
     /// The lowest tag that guests may have; 0 is the host's own.
-    pub first: u32,
+    pub(crate) first: u32,
     /// How many there are from `first` on; at least 1.
-    pub count: u32,
+    pub(crate) count: u32,
     /// Whether one tag can be flushed alone (SVM: `FlushByASID`; VMX: single-context INVVPID). Where not, a
     /// fresh tag serves instead.
-    pub flush_by_tag: bool,
+    pub(crate) flush_by_tag: bool,
     /// Whether guest-physical mappings are cached apart from tags, as under EPT: then a fresh tag drops none
     /// of them, and entries say when INVEPT is due.
-    pub tagged_by_root: bool,
+    pub(crate) tagged_by_root: bool,
 }
 
 impl TagSet {

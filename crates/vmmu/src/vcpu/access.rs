@@ -23,22 +23,23 @@ use core::fmt;
 /// Guest memory for a thread that is no vCPU.
 pub struct Reader<H: Host> {
     own: OwnLine<H>,
+    space: AddressSpace,
     hint: Hint,
 }
 
 impl<H: Host> Reader<H> {
-    pub(crate) fn new(own: OwnLine<H>) -> Self {
-        Self { own, hint: Hint::default() }
+    pub(crate) fn new(own: OwnLine<H>, space: AddressSpace) -> Self {
+        Self { own, space, hint: Hint::default() }
     }
 
-    /// Reads from the ordinary address space; see [`Vcpu::read`].
+    /// Reads; see [`Vcpu::read`].
     pub fn read(&mut self, gpa: Gpa, into: &mut [u8]) -> Result<(), Error> {
-        read(&self.own, &mut self.hint, AddressSpace::NORMAL, gpa, into)
+        read(&self.own, &mut self.hint, self.space, gpa, into)
     }
 
-    /// Writes to the ordinary address space; see [`Vcpu::write`].
+    /// Writes; see [`Vcpu::write`].
     pub fn write(&mut self, gpa: Gpa, from: &[u8]) -> Result<(), Error> {
-        write(&self.own, &mut self.hint, AddressSpace::NORMAL, gpa, from)
+        write(&self.own, &mut self.hint, self.space, gpa, from)
     }
 }
 
@@ -49,7 +50,7 @@ impl<H: Host> fmt::Debug for Reader<H> {
 }
 
 impl<H: Host> Vcpu<H> {
-    /// Reads guest memory. Aligned words of 8 bytes are read at once.
+    /// Reads guest memory. Naturally aligned values of 2, 4 and 8 bytes are read at once.
     ///
     /// # Errors
     /// [`Error::NoSlot`] and the backing's errors; the pages before the one that failed were read.
@@ -58,7 +59,7 @@ impl<H: Host> Vcpu<H> {
         read(&self.own, &mut self.hint, self.space, gpa, into)
     }
 
-    /// Writes guest memory. Aligned words of 8 bytes are written at once.
+    /// Writes guest memory. Naturally aligned values of 2, 4 and 8 bytes are written at once.
     ///
     /// # Errors
     /// [`Error::NoSlot`], [`Error::ReadOnly`] and the backing's errors; the pages before the one that failed

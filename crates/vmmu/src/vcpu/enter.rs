@@ -81,7 +81,7 @@ impl<H: Host> Vcpu<H> {
             self.note = Some(cpu.ran(identity, choice, generation));
         }
         self.entered = true;
-        order::guest(true);
+        order::entered(&self.mark);
         Ok(Entry { vcpu: self, cpu, choice, generation, root, identity })
     }
 
@@ -90,7 +90,7 @@ impl<H: Host> Vcpu<H> {
     pub(super) fn close_forgotten(&mut self) {
         if self.entered {
             self.entered = false;
-            order::guest(false);
+            order::left(&self.mark);
             if !mutant(ForgottenClean) {
                 self.note = None;
             }
@@ -144,7 +144,7 @@ impl<H: Host> Drop for Entry<'_, H> {
             self.vcpu.note = Some(self.cpu.ran(self.identity, self.choice, self.generation));
         }
         self.vcpu.entered = false;
-        order::guest(false);
+        order::left(&self.vcpu.mark);
         self.vcpu.own.line().leave_guest();
     }
 }

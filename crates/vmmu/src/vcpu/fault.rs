@@ -16,11 +16,11 @@ use crate::memory::invalidation::Snapshot;
 use crate::memory::slot::Slot;
 use crate::memory::slots::SlotGeneration;
 use crate::mutants::Mutant::{
-    ChangingIgnored, MmioEntryFirst, MmioHitInProgress, MmioStoredInProgress, NoRootRecheck, NoSlotRecheck,
-    PageOnlyRecheck, SnapshotAfterResolve,
+    ChangingIgnored, MmioEntryFirst, MmioHitInProgress, MmioStoredInProgress, NoRangeRecheck, NoRootRecheck,
+    NoSlotRecheck, PageOnlyRecheck, SnapshotAfterResolve,
 };
 use crate::mutants::mutant;
-use crate::tdp::map::{Mapped, Position, Wanted};
+use crate::tdp::map::{Mapped, MmioMapped, Position, Wanted};
 use crate::trace::Event;
 use crate::vm::OwnLine;
 use crate::vm::config::Optimizations;
@@ -76,6 +76,8 @@ enum Pass {
     Refused(ResolveError),
     /// The backing wants to wait: ask it with nothing announced.
     Wait(Question),
+    /// A table is needed, and there is none.
+    NoTable,
     /// A live entry has reserved bits.
     Reserved(Raw, Level),
     /// An invariant is broken; the bug is in the vCPU's place for one.
@@ -107,7 +109,8 @@ impl<H: Host> Vcpu<H> {
         inner.alive()?;
         inner.host.trace(Event::Fault { gpa: fault.gpa(), access: fault.access() });
         if !self.cache.suffices() {
-            self.top_up()?;
+            // Most faults need no table; one that does, and finds none, says so.
+            let _ = self.top_up();
         }
         match self.pass(fault, None) {
             Pass::Resume => Ok(Outcome::Resume),
@@ -135,6 +138,11 @@ impl<H: Host> Vcpu<H> {
                         }
                         Err(why) => refused(fault, why),
                     }
+                }
+                Pass::NoTable => {
+                    self.top_up()?;
+                    pass = self.pass(fault, None);
+                    continue;
                 }
                 Pass::Reserved(entry, level) => {
                     Err(Error::ReservedBits { gpa: fault.gpa(), entry: entry.0, level })
@@ -189,7 +197,9 @@ impl<H: Host> Vcpu<H> {
             // T49: no entry has reserved bits any more: another processor zapped it.
             return retry(own, gfn);
         }
-        counters.pf_taken.add(1);
+        if answer.is_none() {
+            counters.pf_taken.add(1);
+        }
         // Before slot and backing are looked at (M72).
         let snapshot = inner.sequence.snapshot();
         let Some(slot) = set.find(gfn, &mut self.hint) else {
@@ -199,14 +209,17 @@ impl<H: Host> Vcpu<H> {
             if cacheable {
                 let shared = inner.tlb.lock.shared(&inner.tlb, line, &inner.host);
                 let mmio = Mmio { gfn, write: access.write, generation: generation.for_mmio() };
-                let made = root.is_valid()
-                    && inner.slots.read(self.space, &section).generation() == generation
-                    && tdp.map_mmio(env, &shared, at, mmio, &mut self.cache);
-                if !made {
-                    // A slot may be there by now (PROTOCOLS 5).
+                let current =
+                    root.is_valid() && inner.slots.read(self.space, &section).generation() == generation;
+                // A slot may be there by now (PROTOCOLS 5).
+                if !current {
                     return retry(own, gfn);
                 }
-                inner.host.trace(Event::MmioMark { gfn });
+                match tdp.map_mmio(env, &shared, at, mmio, &mut self.cache) {
+                    MmioMapped::Created => inner.host.trace(Event::MmioMark { gfn }),
+                    MmioMapped::NotCached => {}
+                    MmioMapped::Retry => return retry(own, gfn),
+                }
             }
             counters.pf_emulate.add(1);
             return Pass::Mmio;
@@ -255,6 +268,13 @@ impl<H: Host> Vcpu<H> {
         };
         let level = slot.leaf_level(gfn, resolved.pfn, resolved.max_size, limit);
         let shared = inner.tlb.lock.shared(&inner.tlb, line, &inner.host);
+        // Count and range, sequence, slots, in this order (PROTOCOLS 4).
+        let clear = if mutant(PageOnlyRecheck) || mutant(NoRangeRecheck) {
+            Some(level)
+        } else {
+            inner.sequence.clear_level(gfn, level)
+        };
+        let Some(level) = clear else { return retry(own, gfn) };
         let rechecked = GfnRange::block(gfn, if mutant(PageOnlyRecheck) { Level::L1 } else { level });
         let current = (root.is_valid() || mutant(NoRootRecheck))
             && inner.sequence.is_current(rechecked, basis.snapshot)
@@ -272,6 +292,7 @@ impl<H: Host> Vcpu<H> {
                 return Pass::Resume;
             }
             Mapped::Retry => return retry(own, gfn),
+            Mapped::NoTable => return Pass::NoTable,
             Mapped::Collapsed(size, removed) => {
                 inner.settle_removed(line, removed);
                 size

@@ -31,6 +31,7 @@ use crate::host::Host;
 use crate::memory::slots::Hint;
 use crate::names::AddressSpace;
 use crate::names::VcpuId;
+use crate::sync::order::GuestMark;
 use crate::table::cache::Cache;
 use crate::tdp::root::Root;
 use crate::tlb::tag::Note;
@@ -49,6 +50,7 @@ pub struct Vcpu<H: Host> {
     note: Option<Note>,
     /// An entry was made and neither ran nor was dropped.
     entered: bool,
+    mark: GuestMark,
     cache: Cache,
     hint: Hint,
     paging: PagingState,
@@ -66,6 +68,7 @@ impl<H: Host> Vcpu<H> {
             root: None,
             note: None,
             entered: false,
+            mark: GuestMark::default(),
             cache: Cache::default(),
             hint: Hint::default(),
             paging: PagingState::default(),
@@ -83,12 +86,11 @@ impl<H: Host> Vcpu<H> {
     /// one (T69).
     ///
     /// # Errors
-    /// [`Error::Config`] where the VM has only one.
+    /// [`crate::SlotError::AddressSpace`] where the VM has none such.
     pub fn set_address_space(&mut self, space: AddressSpace) -> Result<(), Error> {
         self.close_forgotten();
-        let spaces = self.own.inner().slots.spaces();
-        if space.number() >= spaces {
-            return Err(crate::error::ConfigError::AddressSpaces(spaces).into());
+        if space.number() >= self.own.inner().slots.spaces() {
+            return Err(crate::error::SlotError::AddressSpace(space.number()).into());
         }
         if self.space != space {
             self.space = space;
@@ -116,13 +118,16 @@ impl<H: Host> Vcpu<H> {
     fn top_up(&mut self) -> Result<(), Error> {
         let inner = self.own.inner();
         inner.collect();
-        loop {
+        let before = self.cache.len();
+        let result = loop {
             match self.cache.top_up(&inner.tables(), &inner.tdp.format) {
-                Ok(()) => return Ok(()),
+                Ok(()) => break Ok(()),
                 Err(_) if inner.reclaim.waiting() != 0 => inner.wait_for_grace(self.own.line()),
-                Err(error) => return Err(error),
+                Err(error) => break Err(error),
             }
-        }
+        };
+        self.own.line().counters.table_pages_cached.add((self.cache.len() - before) as u64);
+        result
     }
 
     /// Makes sure that the vCPU has a valid root (T64, T68).
@@ -146,6 +151,7 @@ impl<H: Host> Vcpu<H> {
         if let Some(page) = unused {
             self.cache.put_back(page);
         } else {
+            self.own.line().counters.table_pages_cached.sub(1);
             inner.host.trace(crate::trace::Event::RootMade { space: self.space });
         }
         self.root = Some(root);
@@ -156,6 +162,7 @@ impl<H: Host> Vcpu<H> {
 impl<H: Host> Drop for Vcpu<H> {
     fn drop(&mut self) {
         self.close_forgotten();
+        self.own.line().counters.table_pages_cached.sub(self.cache.len() as u64);
         self.cache.release(&self.own.inner().tables());
     }
 }

@@ -22,7 +22,8 @@ fn vm() -> Vm<QuietHost> {
     // The quiet host's tables are wherever the allocator puts them: addresses of a process need 47 bits.
     let vm = Vm::new(QuietHost::new(), Config::new(TableFormat::Npt4, 51)).expect("legal");
     let region = |first, pages, size| {
-        let backing = Contiguous::new(Pfn::new(1 << 20)).max_size(size);
+        // SAFETY: nobody reads or writes through these frames.
+        let backing = unsafe { Contiguous::new(Pfn::new(1 << 20), pages) }.max_size(size);
         Region::new(Gfn::new(first), pages, Arc::new(backing))
     };
     vm.set_region(SlotId::new(0), region(0, 1 << 18, PageSize::Size4K)).expect("valid");
@@ -91,7 +92,8 @@ impl Guest {
         this
     }
     fn backing(&self) -> Arc<Contiguous> {
-        Arc::new(Contiguous::new(Hpa::new(self.memory.as_ptr() as u64).pfn()))
+        // SAFETY: the memory lives as long as the VM.
+        Arc::new(unsafe { Contiguous::new(Hpa::new(self.memory.as_ptr() as u64).pfn(), 16) })
     }
     fn slot(&mut self, first: u64) {
         let region = Region::new(Gfn::new(first), 16, self.backing()).flags(RegionFlags::READ_ONLY);

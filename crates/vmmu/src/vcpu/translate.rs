@@ -8,7 +8,8 @@ use super::Vcpu;
 use super::access::with_page;
 use crate::addr::{Gpa, Gva};
 use crate::arch::paging::Access;
-use crate::guest::{ByteMemory, FetchError, TableMemory, Translation, WalkError, fetch, walk};
+use crate::error::{Error, ResolveError};
+use crate::guest::{ByteMemory, FetchError, ReadError, TableMemory, Translation, WalkError, fetch, walk};
 use crate::host::Host;
 use crate::memory::access::GuestPage;
 use crate::memory::slots::Hint;
@@ -26,26 +27,29 @@ struct Memory<'a, H: Host> {
 }
 
 impl<H: Host> Memory<'_, H> {
-    fn with<R>(&self, gpa: Gpa, access: impl FnMut(GuestPage<'_>, usize) -> R) -> Option<R> {
+    fn with<R>(&self, gpa: Gpa, access: impl FnMut(GuestPage<'_>, usize) -> R) -> Result<R, ReadError> {
         let mut hint = self.hint.get();
         let result = with_page(self.own, &mut hint, self.space, gpa, false, access);
         self.hint.set(hint);
-        result.ok()
+        result.map_err(|error| match error {
+            Error::NoSlot { .. } | Error::Backing { why: ResolveError::Unbacked, .. } => ReadError::Absent,
+            error => ReadError::Host(error),
+        })
     }
 }
 
 #[allow(clippy::redundant_closure_for_method_calls)] // a method path is not general over the page's lifetime
 impl<H: Host> TableMemory for Memory<'_, H> {
-    fn read_u32(&self, gpa: Gpa) -> Option<u32> {
+    fn read_u32(&self, gpa: Gpa) -> Result<u32, ReadError> {
         self.with(gpa, |page: GuestPage<'_>, offset| page.load_u32(offset))
     }
-    fn read_u64(&self, gpa: Gpa) -> Option<u64> {
+    fn read_u64(&self, gpa: Gpa) -> Result<u64, ReadError> {
         self.with(gpa, |page: GuestPage<'_>, offset| page.load_u64(offset))
     }
 }
 
 impl<H: Host> ByteMemory for Memory<'_, H> {
-    fn read_bytes(&self, gpa: Gpa, into: &mut [u8]) -> Option<()> {
+    fn read_bytes(&self, gpa: Gpa, into: &mut [u8]) -> Result<(), ReadError> {
         self.with(gpa, |page, offset| page.read(offset, into))
     }
 }

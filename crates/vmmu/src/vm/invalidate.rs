@@ -16,6 +16,7 @@ use crate::mutants::mutant;
 use crate::sync::order;
 use crate::table::cursor::Resume;
 use crate::tdp::zap::{Removed, ZapProgress};
+use crate::tlb::lock::Exclusive;
 use crate::tlb::reader::{Line, Request, State};
 use crate::tlb::reclaim::PageList;
 use crate::trace::Event;
@@ -67,25 +68,29 @@ impl<H: Host> Vm<H> {
         inner.alive()?;
         let own = self.own_line();
         let line = own.line();
-        let mut removed = Removed::new(&inner.tlb);
-        let mut left = Some(range);
-        let mut begun = false;
         let early = if mutant(ShootdownBeforeZap) { inner.tlb.shootdown(line, &inner.host) } else { 0 };
+        let mut removed = Removed::new(&inner.tlb);
+        let mut guard = None;
+        let mut left = Some(range);
         while let Some(piece) = left {
             let exclusive = inner.tlb.lock.exclusive(&inner.tlb, line, &inner.host);
-            if !begun && !mutant(ZapBeforeBegin) {
-                inner.sequence.begin(&exclusive, range, inner.tlb.generation.now());
-                begun = true;
+            if !mutant(ZapBeforeBegin) {
+                guard.get_or_insert_with(|| inner.begin(&exclusive, range));
             }
             left = inner
                 .tdp
                 .unmap(inner.env(), &exclusive, piece, &mut removed)
                 .and_then(|Resume(at)| GfnRange::new(at, range.end()));
+            drop(exclusive);
+            if left.is_some() {
+                // Faults that waited for this piece come in before the next (T59).
+                inner.host.relax();
+            }
         }
-        if !begun {
-            let exclusive = inner.tlb.lock.exclusive(&inner.tlb, line, &inner.host);
-            inner.sequence.begin(&exclusive, range, inner.tlb.generation.now());
-        }
+        let guard = match guard {
+            Some(guard) => guard,
+            None => inner.begin(&inner.tlb.lock.exclusive(&inner.tlb, line, &inner.host), range),
+        };
         // Also where nothing was mapped: a software walk may hold a frame that no entry maps.
         let waits = !mutant(SkipIfEmpty) || removed.is_owed();
         let (pages, debt) = removed.into_parts();
@@ -101,9 +106,8 @@ impl<H: Host> Vm<H> {
         if waits && !mutant(NoSettle) {
             inner.tlb.settle(line, &inner.host, generation);
         }
-        order::invalidation(true);
         inner.host.trace(Event::Invalidated { range });
-        Ok(Invalidation { inner, range, _not_send: PhantomData })
+        Ok(guard)
     }
 
     /// Removes every translation of every address space; faults make them anew. Returns when all are gone and
@@ -116,6 +120,13 @@ impl<H: Host> Vm<H> {
 }
 
 impl<H: Host> Inner<H> {
+    /// Opens an invalidation; from here on its end is owed, whatever becomes of the operation.
+    fn begin(&self, exclusive: &Exclusive<'_>, range: GfnRange) -> Invalidation<'_, H> {
+        self.sequence.begin(exclusive, range, self.tlb.generation.now());
+        order::invalidation(true);
+        Invalidation { inner: self, range, _not_send: PhantomData }
+    }
+
     /// Invalidates all roots, waits until no processor is in one, and removes their entries.
     pub(crate) fn zap_all_roots(&self, own: &OwnLine<H>) {
         let line = own.line();
@@ -159,7 +170,7 @@ impl<H: Host> Inner<H> {
     /// one of its own (PROTOCOLS 4).
     fn retire_excused(&self, removed: Removed<'_>, shootdown: u64) {
         let (pages, debt) = removed.into_parts();
-        debt.paid_by_what_follows();
+        debt.none_owed();
         if pages.count() != 0 {
             let generation =
                 if mutant(InvalidRootGeneration) { shootdown } else { self.tlb.generation.advance() };

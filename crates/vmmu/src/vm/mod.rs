@@ -16,11 +16,11 @@ pub(crate) mod regions;
 use crate::addr::{Gfn, PageSize, Pfn};
 use crate::arch::Npt;
 use crate::arch::entry::{Entry, Format, Writable};
-use crate::error::{Bug, ConfigError, Error};
+use crate::error::{Bug, ConfigError, Error, SlotError};
 use crate::host::Host;
 use crate::memory::invalidation::InvalidationSequence;
 use crate::memory::slots::Slots;
-use crate::names::VcpuId;
+use crate::names::{AddressSpace, VcpuId};
 use crate::stats::Stats;
 use crate::sync::{AtomicBool, AtomicU32, Ordering};
 use crate::table::arena::{Arena, BLOCK_BYTES, Tables};
@@ -106,21 +106,23 @@ impl<H: Host> Inner<H> {
     pub(crate) fn alive(&self) -> Result<(), Error> {
         if self.dead.load(Ordering::Relaxed) { Err(Error::Dead) } else { Ok(()) }
     }
-    /// Marks the VM dead and reports why (M136).
+    /// Marks the VM dead, takes every vCPU out of the guest, and reports why (M136). Called with nothing
+    /// announced.
     #[cold]
     pub(crate) fn bug(&self, bug: &Bug) -> Error {
         self.dead.store(true, Ordering::Relaxed);
+        self.post(Request::Exit, |_| true);
         self.host.bug(bug);
         Error::Dead
     }
-    /// Posts a request to every vCPU and kicks those in the guest.
-    pub(crate) fn post_to_all(&self, request: Request) {
-        for line in self.tlb.readers.iter().filter(|line| line.vcpu().is_some()) {
+    /// Posts a request to the vCPUs that `to` chooses, and kicks those of them that are in the guest.
+    pub(crate) fn post(&self, request: Request, to: impl Fn(VcpuId) -> bool) {
+        for line in self.tlb.readers.iter().filter(|line| line.vcpu().is_some_and(&to)) {
             line.post(request);
         }
         crate::sync::full_fence();
         for line in self.tlb.readers.iter() {
-            if let Some(vcpu) = line.vcpu()
+            if let Some(vcpu) = line.vcpu().filter(|id| to(*id))
                 && line.announcement().state() == State::InGuest
             {
                 self.host.kick(vcpu);
@@ -138,7 +140,8 @@ impl<H: Host> Drop for Inner<H> {
         }
         let retired = self.reclaim.drain();
         self.tables().free_list(retired);
-        self.tables().release_all();
+        let lost = self.tables().release_all();
+        debug_assert_eq!(lost, 0, "table pages were lost");
     }
 }
 
@@ -195,10 +198,21 @@ impl<H: Host> Vm<H> {
         Ok(crate::Vcpu::new(OwnLine::new(self.inner.clone(), Some(id)), id))
     }
 
-    /// A reader: guest memory for a thread that is no vCPU.
+    /// A reader: guest memory of the ordinary address space for a thread that is no vCPU.
     pub fn reader(&self) -> Result<crate::Reader<H>, Error> {
+        self.reader_in(AddressSpace::NORMAL)
+    }
+
+    /// A reader of `space`.
+    ///
+    /// # Errors
+    /// [`SlotError::AddressSpace`] where the VM has none such.
+    pub fn reader_in(&self, space: AddressSpace) -> Result<crate::Reader<H>, Error> {
         self.inner.alive()?;
-        Ok(crate::Reader::new(OwnLine::new(self.inner.clone(), None)))
+        if space.number() >= self.inner.slots.spaces() {
+            return Err(SlotError::AddressSpace(space.number()).into());
+        }
+        Ok(crate::Reader::new(OwnLine::new(self.inner.clone(), None), space))
     }
 
     /// A line for the length of one operation. Not to be called between an entry and its end: the operation would
@@ -207,9 +221,16 @@ impl<H: Host> Vm<H> {
         OwnLine::new(self.inner.clone(), None)
     }
 
-    /// Makes every vCPU leave the guest soon. Does not wait.
+    /// Makes every vCPU leave the guest soon, or, where it is out, prepare before it enters. Does not wait. The
+    /// vCPU's owner looks at what it was kicked for between [`crate::Vcpu::prepare`], which takes the request, and
+    /// [`crate::Vcpu::enter`].
     pub fn kick_all(&self) {
-        self.inner.post_to_all(Request::Exit);
+        self.inner.post(Request::Exit, |_| true);
+    }
+
+    /// The same for one vCPU.
+    pub fn kick(&self, vcpu: VcpuId) {
+        self.inner.post(Request::Exit, |id| id == vcpu);
     }
 
     /// The statistics, now.
@@ -224,6 +245,7 @@ impl<H: Host> Vm<H> {
                 stats.entry_age = stats.entry_age.max(now.saturating_sub(announced.since()));
             }
         }
+        stats.settle_gauges();
         stats.pf_fixed = stats.pf_fixed_4k.wrapping_add(stats.pf_fixed_2m).wrapping_add(stats.pf_fixed_1g);
         stats.table_bytes = inner.arena.bytes();
         stats.table_pages_retired = inner.reclaim.waiting();

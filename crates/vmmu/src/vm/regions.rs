@@ -9,13 +9,17 @@ use crate::error::Error;
 use crate::host::Host;
 use crate::memory::Region;
 use crate::memory::slot::Slot;
-use crate::memory::slots::{Change, SlotsWriter};
+use crate::memory::slots::{Change, OldSet, SlotsWriter};
 use crate::mutants::Mutant::ZapBeforeWithdraw;
 use crate::mutants::mutant;
 use crate::names::SlotId;
 use crate::tlb::reader::Request;
 use crate::trace::Event;
 use alloc::sync::Arc;
+use arrayvec::ArrayVec;
+
+/// The slot sets that one request replaced.
+type OldSets = ArrayVec<OldSet, 2>;
 
 impl<H: Host> Vm<H> {
     /// Adds slot `id`, or moves it, or changes its flags; the same again changes nothing (M6).
@@ -29,13 +33,17 @@ impl<H: Host> Vm<H> {
         let inner = &*self.inner;
         inner.alive()?;
         let own = self.own_line();
+        // Dropped after the slots mutex is released.
+        let mut old = OldSets::new();
         let mut writer = inner.slots.write();
         match writer.plan(id, region)? {
             Change::Nothing => return Ok(()),
-            Change::Create(slot) | Change::Flags(slot) => inner.publish(&own, &mut writer, id, Some(slot)),
+            Change::Create(slot) | Change::Flags(slot) => {
+                old.push(inner.publish(&own, &mut writer, id, Some(slot)));
+            }
             Change::Move { from, to } => {
-                inner.withdraw(&own, &mut writer, &from);
-                inner.publish(&own, &mut writer, id, Some(to));
+                old.push(inner.withdraw(&own, &mut writer, &from));
+                old.push(inner.publish(&own, &mut writer, id, Some(to)));
             }
         }
         inner.changed(id);
@@ -52,10 +60,12 @@ impl<H: Host> Vm<H> {
         let inner = &*self.inner;
         inner.alive()?;
         let own = self.own_line();
+        // Dropped after the slots mutex is released.
+        let mut old = OldSets::new();
         let mut writer = inner.slots.write();
         let slot = writer.existing(id)?;
-        inner.withdraw(&own, &mut writer, &slot);
-        inner.publish(&own, &mut writer, id, None);
+        old.push(inner.withdraw(&own, &mut writer, &slot));
+        old.push(inner.publish(&own, &mut writer, id, None));
         inner.changed(id);
         Ok(())
     }
@@ -64,26 +74,33 @@ impl<H: Host> Vm<H> {
 impl<H: Host> Inner<H> {
     /// A change of slots is complete: vCPUs come out and look at what they derived from slots (M24).
     fn changed(&self, id: SlotId) {
-        self.post_to_all(Request::Exit);
+        self.post(Request::Exit, |_| true);
         self.host.trace(Event::SlotChanged { id });
     }
 
     /// Publishes `slot` as `id`, or nothing, and waits for the readers of what was there. Where the bits kept
     /// by MMIO entries start over, every root is zapped before the mark is cleared (T51).
-    fn publish(&self, own: &OwnLine<H>, writer: &mut SlotsWriter<'_>, id: SlotId, slot: Option<Arc<Slot>>) {
-        writer.publish(&self.tlb, &self.host, id, slot, || self.zap_all_roots(own));
+    fn publish(
+        &self,
+        own: &OwnLine<H>,
+        writer: &mut SlotsWriter<'_>,
+        id: SlotId,
+        slot: Option<Arc<Slot>>,
+    ) -> OldSet {
+        writer.publish(&self.tlb, &self.host, id, slot, || self.zap_all_roots(own))
     }
 
     /// The first two phases of a delete or a move (M21): faults in the slot retry from now on, and its
     /// translations are gone (T105: by replacing all roots, whose cost does not grow with the slot).
-    fn withdraw(&self, own: &OwnLine<H>, writer: &mut SlotsWriter<'_>, slot: &Slot) {
+    fn withdraw(&self, own: &OwnLine<H>, writer: &mut SlotsWriter<'_>, slot: &Slot) -> OldSet {
         let changing = Slot { changing: true, ..slot.clone() };
         if mutant(ZapBeforeWithdraw) {
             self.zap_all_roots(own);
         }
-        self.publish(own, writer, slot.id, Some(Arc::new(changing)));
+        let old = self.publish(own, writer, slot.id, Some(Arc::new(changing)));
         if !mutant(ZapBeforeWithdraw) {
             self.zap_all_roots(own);
         }
+        old
     }
 }
