@@ -88,8 +88,7 @@
 //! - Between [`Vcpu::enter`] and [`Entry::ran`] (or the drop) the thread calls nothing of that [`Vm`]: a
 //!   shootdown would wait for the thread's own vCPU.
 //! - A thread that holds an [`Invalidation`] changes no slots, asks for no audit, and reads, writes or
-//!   translates nothing in its range: it would wait for itself. An invalidation covers every large page whole of
-//!   which it takes a part.
+//!   translates nothing in its range: it would wait for itself.
 //!
 //! Guests are hostile: nothing that a guest does with its memory, its tables or its faults may break the
 //! library. Where an invariant of the library is broken all the same, it is a [`Bug`], reported to
