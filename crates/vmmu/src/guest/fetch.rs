@@ -18,6 +18,16 @@ pub enum FetchError {
     Unreadable(Gpa),
 }
 
+impl FetchError {
+    /// What a failed read of the bytes at `gpa` means.
+    pub(crate) fn at(gpa: Gpa, error: ReadError) -> Self {
+        match error {
+            ReadError::Absent => Self::Unreadable(gpa),
+            ReadError::Host(why) => Self::Walk(WalkError::Host { at: gpa, why }),
+        }
+    }
+}
+
 impl From<WalkError> for FetchError {
     fn from(error: WalkError) -> Self {
         Self::Walk(error)
@@ -78,8 +88,5 @@ fn fetch_in_page<M: ByteMemory>(
     into: &mut [u8],
 ) -> Result<(), FetchError> {
     let gpa = walk(state, memory, gva, Access::FETCH)?.gpa;
-    memory.read_bytes(gpa, into).map_err(|error| match error {
-        ReadError::Absent => FetchError::Unreadable(gpa),
-        ReadError::Host(why) => FetchError::Walk(WalkError::Host { at: gpa, why }),
-    })
+    memory.read_bytes(gpa, into).map_err(|error| FetchError::at(gpa, error))
 }

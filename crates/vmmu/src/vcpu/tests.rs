@@ -53,8 +53,15 @@ fn fences_and_locked_operations_of_each_path() {
     row("spurious", &mut vcpu, 0x1000, WRITE);
     row("no slot, first time", &mut vcpu, 0x8000_1000, WRITE);
     row("no slot, again", &mut vcpu, 0x8000_1000, WRITE | 8);
+    vcpu.prepare().expect("memory");
     let ((), fences, locked) = cost::of(|| vcpu.enter(&mut cpu).expect("prepared").ran());
     rows.push(("entry and exit", fences, locked));
+    let mut guest = Guest::new();
+    for name in ["instruction fetched, first time", "instruction fetched, again"] {
+        let (page, fences, locked) = cost::of(|| guest.page_behind(6));
+        assert_eq!(page, Some(6));
+        rows.push((name, fences, locked));
+    }
     let mut table = String::new();
     for (name, fences, locked) in &rows {
         writeln!(table, "{name}\t{fences}\t{locked}").expect("strings take everything");

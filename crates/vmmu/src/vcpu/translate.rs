@@ -6,7 +6,7 @@
 
 use super::Vcpu;
 use super::access::with_page;
-use crate::addr::{Gpa, Gva};
+use crate::addr::{Gpa, Gva, PAGE_BYTES};
 use crate::arch::paging::Access;
 use crate::error::{Error, ResolveError};
 use crate::guest::{ByteMemory, FetchError, ReadError, TableMemory, Translation, WalkError, fetch, walk};
@@ -111,12 +111,18 @@ impl<H: Host> Vcpu<H> {
     #[cold]
     fn fetch_anew(&mut self, gva: Gva) -> Result<InstructionBytes, FetchError> {
         let mut bytes = [0; 16];
-        let len = fetch(&self.paging, &self.memory(), gva, &mut bytes)? as u8;
-        let remembers = self.own.inner().config.optimizations.contains(Optimizations::REMEMBERED_WALKS);
-        if remembers && let Ok(translation) = walk(&self.paging, &self.memory(), gva, Access::FETCH) {
+        if gva.raw() % PAGE_BYTES + 16 > PAGE_BYTES {
+            // Across pages: nothing is remembered.
+            let len = fetch(&self.paging, &self.memory(), gva, &mut bytes)? as u8;
+            return Ok(InstructionBytes { bytes, len });
+        }
+        let translation = walk(&self.paging, &self.memory(), gva, Access::FETCH)?;
+        let gpa = translation.gpa;
+        self.memory().read_bytes(gpa, &mut bytes).map_err(|error| FetchError::at(gpa, error))?;
+        if self.own.inner().config.optimizations.contains(Optimizations::REMEMBERED_WALKS) {
             self.remember(gva, &translation);
         }
-        Ok(InstructionBytes { bytes, len })
+        Ok(InstructionBytes { bytes, len: 16 })
     }
 
     /// Reads and checks the page-directory-pointer entries at the state's CR3, as a load of CR3 in PAE mode does
