@@ -100,6 +100,7 @@ pub fn drain(task: usize) {
 }
 
 /// The task that runs; 0 without a scheduler.
+#[cfg(debug_assertions)]
 pub(crate) fn task() -> usize {
     scheduler(|s| s.task()).unwrap_or(0)
 }

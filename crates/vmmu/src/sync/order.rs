@@ -108,7 +108,7 @@ mod unchecked {
 
     /// Nothing is kept.
     #[derive(Clone, Debug, Default)]
-    pub(crate) struct GuestMark;
+    pub(crate) struct GuestMark(());
 
     #[inline(always)]
     pub(crate) fn enter(_: Rank) {}
