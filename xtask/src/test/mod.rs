@@ -54,7 +54,8 @@ impl Step {
     }
 
     /// A cargo command that must succeed.
-    fn cargo(name: &str, words: &'static str) -> Self {
+    fn cargo(name: &str, words: impl Into<String>) -> Self {
+        let words = words.into();
         Self::new(name, move |log| log.run(Command::new("cargo").args(words.split(' '))))
     }
 

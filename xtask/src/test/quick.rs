@@ -8,6 +8,19 @@ use crate::host::folders;
 use anyhow::{Result, ensure};
 use serde_json::Value;
 
+/// What does and does not need a flush, each shown by a program on the software machine.
+const ARGUMENTS: [(&str, &str); 6] = [
+    ("an EPT violation needs no INVEPT", "ept_violation_needs_no_invept"),
+    ("a permission upgrade needs no flush", "permission_upgrade_needs_none"),
+    ("a downgrade needs a flush", "downgrade_needs_flush"),
+    ("a table replaced by a large page needs a flush", "table_replaced_by_large_page_needs_flush"),
+    ("clearing accessed flags needs no flush", "clearing_accessed_needs_none"),
+    (
+        "freeing a table that only a speculative walk read needs a flush",
+        "freeing_a_table_read_by_a_speculative_walk_needs_flush",
+    ),
+];
+
 /// The steps, the cheapest first.
 pub(crate) fn steps() -> Vec<Step> {
     let mut steps = vec![
@@ -19,7 +32,7 @@ pub(crate) fn steps() -> Vec<Step> {
         ),
         Step::cargo(
             "the published crates can be packaged",
-            "package --package vmmu --package vmmu-emulate --no-verify --allow-dirty --locked",
+            "package --package vmmu --package vmmu-emulate --package vmmu-machine --no-verify --allow-dirty --locked",
         ),
         Step::new("boot: Linux, scattered memory, 1 GiB", |log| boots::good(log, "").map(drop)),
         Step::new("boot: Linux, five-level host tables", |log| {
@@ -32,6 +45,9 @@ pub(crate) fn steps() -> Vec<Step> {
             Ok(())
         }),
     ];
+    steps.extend(ARGUMENTS.map(|(question, example)| {
+        Step::cargo(question, format!("run --package vmmu-machine --example {example} --locked"))
+    }));
     steps.extend(boots::ends());
     steps.push(Step::new("bench: the payload runs to its end", |log| {
         let lines = payload(log, "bench payload --json --yes")?;
