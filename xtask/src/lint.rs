@@ -6,6 +6,20 @@ use crate::screen;
 use anyhow::Result;
 use std::process::Command;
 
+/// The packages that build the library with its instruments; built together with others they would change what those
+/// are built with.
+const INSTRUMENTED: [&str; 2] = ["vmmu-sim", "vmmu-cli"];
+
+/// The words for cargo that choose the simulation's packages alone.
+pub(crate) fn simulation() -> String {
+    INSTRUMENTED.map(|package| format!("--package {package}")).join(" ")
+}
+
+/// The words for cargo that leave them out.
+pub(crate) fn without_simulation() -> String {
+    INSTRUMENTED.map(|package| format!("--exclude {package}")).join(" ")
+}
+
 /// Runs every check whose output is warnings, each to its end; fails at the first that has any.
 pub(crate) fn command() -> Result<u8> {
     let cargo = |words: &str| {
@@ -15,14 +29,23 @@ pub(crate) fn command() -> Result<u8> {
     };
     let mut image = artifacts::image_command("clippy");
     image.args(["--locked", "--", "-Dwarnings"]);
-    let mut documentation = cargo("doc --workspace --no-deps --document-private-items --locked");
-    documentation.env("RUSTDOCFLAGS", "-Dwarnings");
+    let documentation = |words: &str| {
+        let mut command = cargo(&format!("doc {words} --no-deps --document-private-items --locked"));
+        command.env("RUSTDOCFLAGS", "-Dwarnings");
+        command
+    };
+    let shipped = format!("--workspace {}", without_simulation());
     let checks = [
         ("formatting", cargo("fmt --all --check")),
-        ("lints", cargo("clippy --workspace --all-targets --locked -- -Dwarnings")),
+        ("lints", cargo(&format!("clippy {shipped} --all-targets --locked -- -Dwarnings"))),
+        (
+            "lints of the simulation",
+            cargo(&format!("clippy {} --all-targets --locked -- -Dwarnings", simulation())),
+        ),
         ("lints without std", cargo("clippy --package vmmu --no-default-features --locked -- -Dwarnings")),
         ("lints of the bare-metal image", image),
-        ("documentation", documentation),
+        ("documentation", documentation(&shipped)),
+        ("documentation of the simulation", documentation(&simulation())),
     ];
     for (name, mut command) in checks {
         screen::note(name);

@@ -5,6 +5,7 @@ use super::boots;
 use crate::bench;
 use crate::boot::options::Mode;
 use crate::host::folders;
+use crate::lint;
 use anyhow::{Result, ensure};
 use serde_json::Value;
 
@@ -24,7 +25,15 @@ const ARGUMENTS: [(&str, &str); 6] = [
 /// The steps, the cheapest first.
 pub(crate) fn steps() -> Vec<Step> {
     let mut steps = vec![
-        Step::cargo("tests of every crate, documentation's examples included", "test --workspace --locked"),
+        Step::cargo(
+            "tests of every crate, documentation's examples included",
+            format!("test --workspace {} --locked", lint::without_simulation()),
+        ),
+        Step::cargo(
+            "simulation: histories pass and repeat, broken rules are noticed",
+            format!("test --release {} --locked", lint::simulation()),
+        ),
+        Step::cargo("simulation: half a minute of seeds", "run --release --locked -- sim --for 30"),
         Step::cargo("the library builds without std", "check --package vmmu --no-default-features --locked"),
         Step::cargo(
             "the example that embeds the library runs",

@@ -1,0 +1,140 @@
+//! The oracles: whether what a processor could use is what the model allows.
+//!
+//! - At each guest access, every translation that the processor could use for that address is judged: by the frame
+//!   (isolation) and by the right to write. At each entry, all that is held under the tag.
+//! - When an invalidation has returned, no processor in the guest leads to a frame that was taken away; when
+//!   everything was zapped, none holds anything from before.
+//! - At rest, all mappings of the library's tables, and its own audit.
+//!
+//! Invariant: an oracle changes nothing.
+
+use crate::history::Stage;
+use crate::story::Violation;
+use vmmu::{PageSize, Pfn};
+use vmmu_machine::{Gpa, Held, Mapping, PhysicalTag, Processor, Rights, Tag};
+
+/// Judges every translation of `gfn` that `processor`, which is in the guest, could use now.
+pub(crate) fn one(stage: &Stage, processor: &Processor, gfn: u64) -> Result<(), Violation> {
+    let queries = processor.queries(&stage.memory);
+    let gpa = Gpa::new(gfn << 12);
+    for translation in queries.physical_translations(gpa) {
+        let (frame, write) = (translation.hpa.raw() >> 12, translation.nested.has(Rights::WRITE));
+        judge(stage, gfn, frame, write).map_err(|what| {
+            let tag = queries.physical_tag();
+            let held = tag.into_iter().flat_map(|tag| processor.held_of_physical(tag, gpa));
+            explained(what, held)
+        })?;
+    }
+    Ok(())
+}
+
+/// Judges all that `processor` holds under `tag`, with which a guest is entered.
+pub(crate) fn entered(stage: &Stage, processor: &Processor, tag: PhysicalTag) -> Result<(), Violation> {
+    for held in processor.held_by(Tag::Physical(tag)) {
+        if let Mapping::Page(page) = held.mapping {
+            // Large pages are given and taken whole.
+            for offset in [0, page.size.bytes() - 4096] {
+                let (gfn, frame) = ((page.at + offset) >> 12, (page.frame.raw() + offset) >> 12);
+                judge(stage, gfn, frame, page.nested.has(Rights::WRITE))
+                    .map_err(|what| explained(what, [held]))?;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Judges that no processor that is in the guest leads to frames that were taken away.
+pub(crate) fn gone(stage: &Stage, size: PageSize, frame: Pfn) -> Result<(), Violation> {
+    for (number, physical) in stage.processors.iter().enumerate() {
+        let Some(tag) = physical.guest.get() else { continue };
+        let processor = physical.model.borrow();
+        for offset in [0, size.pages() - 1] {
+            let pfn = vmmu_machine::Pfn::new(frame.raw() + offset);
+            if let Some(held) = processor.held_to(pfn).find(|held| held.tag == Tag::Physical(tag)) {
+                let what =
+                    format!("processor {number}, in the guest, reaches a frame that was taken away: {pfn:?}");
+                return Err(explained(what, [held]));
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Judges that no processor that is in the guest holds anything from before `step`, when everything was zapped.
+pub(crate) fn zapped(stage: &Stage, step: u64) -> Result<(), Violation> {
+    for (number, physical) in stage.processors.iter().enumerate() {
+        let Some(tag) = physical.guest.get() else { continue };
+        let processor = physical.model.borrow();
+        let old = |held: &&Held| held.provenance.step < step;
+        if let Some(held) = processor.held_by(Tag::Physical(tag)).find(old) {
+            let what =
+                format!("processor {number}, in the guest, holds what was zapped, from before step {step}");
+            return Err(explained(what, [held]));
+        }
+    }
+    Ok(())
+}
+
+/// A violation with what is held, and where that comes from.
+fn explained<'a>(what: String, held: impl IntoIterator<Item = &'a Held>) -> Violation {
+    let mut violation = Violation::new(what);
+    for Held { tag, mapping, provenance } in held {
+        violation.why.push(match mapping {
+            Mapping::Page(page) => {
+                let (at, frame) = (page.at >> 12, page.frame.raw() >> 12);
+                format!("held under {tag:?}: guest frame {at:#x} to host frame {frame:#x}, {:?}", page.size)
+            }
+            Mapping::Table(table) => {
+                format!("held under {tag:?}: the table at {} for {:#x}", table.table, table.at >> 12)
+            }
+        });
+        violation.why.extend(provenance.to_string().lines().map(|line| format!("  {line}")));
+    }
+    violation
+}
+
+fn judge(stage: &Stage, gfn: u64, frame: u64, write: bool) -> Result<(), String> {
+    let world = stage.world.borrow();
+    let mut frames = 0;
+    for (pfn, writable) in world.allowed(gfn) {
+        frames += 1;
+        if pfn.raw() == frame {
+            return if write && !writable {
+                Err(format!("guest frame {gfn:#x} is writable, its slot or backing is not"))
+            } else {
+                Ok(())
+            };
+        }
+    }
+    Err(match frames {
+        0 => format!("guest frame {gfn:#x} reaches host frame {frame:#x}, and no slot is there"),
+        _ => format!("guest frame {gfn:#x} reaches host frame {frame:#x}, which is not its own any more"),
+    })
+}
+
+/// Judges everything, at rest.
+pub(crate) fn everything(stage: &Stage) -> Result<(), Violation> {
+    let report = stage.vm.audit().map_err(|broken| Violation::new(format!("audit: {broken}")))?;
+    let held = report.roots + report.tables + report.free + report.cached + report.retired;
+    if held != report.pages {
+        return Err(Violation::new(format!(
+            "{held} of {} table pages can be found: {report:?}",
+            report.pages
+        )));
+    }
+    let mut wrong = None;
+    let looked = stage.vm.for_each_mapping(|mapping| {
+        for page in 0..mapping.size.pages() {
+            let (gfn, frame) = (mapping.gfn.raw() + page, mapping.pfn.raw() + page);
+            if wrong.is_none()
+                && let Err(what) = judge(stage, gfn, frame, mapping.writable)
+            {
+                wrong = Some(what);
+            }
+        }
+    });
+    if let Err(error) = looked {
+        return Err(Violation::new(format!("the mappings cannot be looked at: {error}")));
+    }
+    wrong.map_or(Ok(()), |what| Err(Violation::new(what)))
+}
