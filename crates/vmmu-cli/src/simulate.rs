@@ -47,6 +47,9 @@ pub(crate) struct Options {
     /// Threads; as many as there are processors
     #[arg(long)]
     threads: Option<NonZero<usize>>,
+    /// Tells a violation as it was found, without making its history smaller
+    #[arg(long)]
+    as_found: bool,
     /// Prints one JSON object
     #[arg(long)]
     json: bool,
@@ -81,6 +84,7 @@ impl Options {
             processors: usize::MAX,
             mutant: None,
             threads: None,
+            as_found: false,
             json: false,
         }
     }
@@ -180,7 +184,14 @@ pub(crate) fn command(options: &Options) -> ExitCode {
     work.bar.finish_and_clear();
     let elapsed = work.started.elapsed();
     let Ok(totals) = work.totals.into_inner() else { return ExitCode::FAILURE };
-    let failure = work.failed.into_inner().ok().flatten().map(|case| case.shrunk());
+    let failure = work.failed.into_inner().ok().flatten().map(|case| {
+        if options.as_found {
+            let ended = run(&case);
+            (case, ended)
+        } else {
+            case.shrunk()
+        }
+    });
     let replay = failure.as_ref().map(|(case, _)| {
         let mutant = options.mutant.map(|m| format!(" --mutant {}", m.name())).unwrap_or_default();
         format!("cargo run --release -- sim {case}{mutant}")

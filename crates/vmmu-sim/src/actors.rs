@@ -60,6 +60,10 @@ fn guest(
     last: &mut u64,
 ) -> Option<Fault> {
     let id = vcpu.id();
+    // Between the preparation and the entry there is time.
+    for _ in 0..random.below(4) {
+        stage.baton.pause();
+    }
     let number = random.below(stage.processors.len() as u64) as usize;
     let physical = &stage.processors[number];
     // Somebody else is there.
@@ -281,7 +285,7 @@ fn take_back(stage: &Stage, old: &[Page]) {
 pub(crate) fn mover(stage: &Stage, mut random: Random) {
     while !stage.over() {
         stage.boundary();
-        if !random.one_in(stage.rates.moves) || !stage.step() {
+        if !random.one_in(stage.rates.moves) || !stage.begin(&mut random) {
             continue;
         }
         let slot = {
@@ -361,7 +365,7 @@ pub(crate) fn slots(stage: &Stage, mut random: Random) {
         stage.boundary();
         let id = random.below(u64::from(SLOTS)) as u16;
         let existing = stage.world.borrow().slots.iter().position(|s| s.id == id);
-        if existing.is_some() && !random.one_in(stage.rates.slot_changes) || !stage.step() {
+        if existing.is_some() && !random.one_in(stage.rates.slot_changes) || !stage.begin(&mut random) {
             continue;
         }
         match existing {
@@ -478,7 +482,7 @@ fn relocate(stage: &Stage, random: &mut Random, at: usize) {
 pub(crate) fn zapper(stage: &Stage, mut random: Random) {
     while !stage.over() {
         stage.boundary();
-        if !random.one_in(stage.rates.zaps) || !stage.step() {
+        if !random.one_in(stage.rates.zaps) || !stage.begin(&mut random) {
             continue;
         }
         stage.tell("zapper", || "zaps everything".to_owned());
@@ -486,7 +490,8 @@ pub(crate) fn zapper(stage: &Stage, mut random: Random) {
         if let Err(error) = stage.vm.zap_all() {
             return stage.violate(Violation::new(format!("zap_all: {error}")));
         }
-        if let Err(violation) = oracle::zapped(stage, before) {
+        stage.zapped.set(before);
+        if let Err(violation) = oracle::zapped(stage) {
             return stage.violate(violation);
         }
         stage.tell("zapper", || "zapped everything".to_owned());

@@ -26,7 +26,7 @@ const PHYS_BITS: u8 = 46;
 /// Steps between two looks at everything.
 const REST_EVERY: u64 = 256;
 /// Turns of tasks without a step, after which somebody is said to wait for ever.
-const PATIENCE: u32 = 1_000_000;
+const PATIENCE: u32 = 200_000;
 
 /// The rates of one history, drawn from its seed.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -35,6 +35,8 @@ pub struct Rates {
     pub switch: u64,
     /// A held-back store becomes visible before one access in so many; 0: stores are not held back.
     pub drain: u64,
+    /// Of a hundred turns, how many are those of one task for a while.
+    pub bias: u64,
     /// Tags of each processor.
     pub tags: u32,
     /// Processors can flush one tag alone.
@@ -71,7 +73,8 @@ impl Rates {
     fn draw(random: &mut Random) -> Self {
         Self {
             switch: random.pick(&[3, 8, 20, 60]),
-            drain: random.pick(&[0, 2, 6, 20]),
+            drain: random.pick(&[0, 4, 60, 1000]),
+            bias: random.pick(&[0, 60, 95]),
             tags: random.pick(&[1, 2, 3, 8]),
             flush_by_tag: random.one_in(2),
             processors: 1 + random.below(3) as usize,
@@ -80,7 +83,7 @@ impl Rates {
             fail: random.pick(&[0, 0, 3]),
             accesses: random.pick(&[4, 20, 80]),
             slot_changes: random.pick(&[20, 100, 400]),
-            moves: random.pick(&[8, 60, 300]),
+            moves: random.pick(&[6, 30, 150]),
             zaps: random.pick(&[50, 300, 1000]),
             devices: random.pick(&[12, 40]),
             software: 8,
@@ -135,6 +138,8 @@ pub(crate) struct Stage {
     /// Tasks that are at rest, or over.
     pub(crate) resting: Cell<usize>,
     pub(crate) accesses: Cell<Accesses>,
+    /// The step at which the last zap of everything began that is over.
+    pub(crate) zapped: Cell<u64>,
 }
 
 /// What accesses came to.
@@ -181,6 +186,13 @@ impl Stage {
         }
         true
     }
+    /// Begins a step that is an operation on the VM; half of them hurry.
+    pub(crate) fn begin(&self, random: &mut Random) -> bool {
+        if random.one_in(2) {
+            self.baton.hurry();
+        }
+        self.step()
+    }
     /// Whether the history has all its steps, or a violation.
     pub(crate) fn over(&self) -> bool {
         self.steps.get() >= self.target || self.story.borrow().violation.is_some()
@@ -195,11 +207,11 @@ impl Stage {
     }
     /// Between two operations: lets others go on, and rests while everything is looked at.
     pub(crate) fn boundary(&self) {
-        self.baton.pause();
+        self.baton.wait();
         if self.rest.get() {
             self.resting.set(self.resting.get() + 1);
             while self.rest.get() && !self.over() {
-                self.baton.pause();
+                self.baton.wait();
             }
             self.resting.set(self.resting.get() - 1);
         }
@@ -255,6 +267,7 @@ pub fn run(case: &Case) -> Ended {
         rest: Cell::new(false),
         resting: Cell::new(0),
         accesses: Cell::new(Accesses::default()),
+        zapped: Cell::new(0),
     });
     let performed =
         catch_unwind(AssertUnwindSafe(|| with_scheduler(&*baton, || perform(&stage, &mut random))));
@@ -284,7 +297,8 @@ pub fn run(case: &Case) -> Ended {
 
 /// Lets tasks go on until the history is over, or something is wrong: then they stay where they are.
 fn perform(stage: &Rc<Stage>, random: &mut Random) {
-    let mut tasks = ManuallyDrop::new(Tasks::new(Rc::clone(&stage.baton), Random::new(random.bits())));
+    let mut tasks =
+        ManuallyDrop::new(Tasks::new(Rc::clone(&stage.baton), Random::new(random.bits()), stage.rates.bias));
     let mut count = 0;
     let mut spawn = |body: fn(&Stage, Random), number: u64| {
         let (stage, random) = (Rc::clone(stage), Random::new(random.bits() ^ number));

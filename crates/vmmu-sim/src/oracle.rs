@@ -30,6 +30,7 @@ pub(crate) fn one(stage: &Stage, processor: &Processor, gfn: u64) -> Result<(), 
 
 /// Judges all that `processor` holds under `tag`, with which a guest is entered.
 pub(crate) fn entered(stage: &Stage, processor: &Processor, tag: PhysicalTag) -> Result<(), Violation> {
+    none_older(processor, tag, stage.zapped.get())?;
     for held in processor.held_by(Tag::Physical(tag)) {
         if let Mapping::Page(page) = held.mapping {
             // Large pages are given and taken whole.
@@ -60,19 +61,25 @@ pub(crate) fn gone(stage: &Stage, size: PageSize, frame: Pfn) -> Result<(), Viol
     Ok(())
 }
 
-/// Judges that no processor that is in the guest holds anything from before `step`, when everything was zapped.
-pub(crate) fn zapped(stage: &Stage, step: u64) -> Result<(), Violation> {
-    for (number, physical) in stage.processors.iter().enumerate() {
-        let Some(tag) = physical.guest.get() else { continue };
-        let processor = physical.model.borrow();
-        let old = |held: &&Held| held.provenance.step < step;
-        if let Some(held) = processor.held_by(Tag::Physical(tag)).find(old) {
-            let what =
-                format!("processor {number}, in the guest, holds what was zapped, from before step {step}");
-            return Err(explained(what, [held]));
+/// Judges that no processor that is in the guest holds anything from before everything was zapped.
+pub(crate) fn zapped(stage: &Stage) -> Result<(), Violation> {
+    for physical in &stage.processors {
+        if let Some(tag) = physical.guest.get() {
+            none_older(&physical.model.borrow(), tag, stage.zapped.get())?;
         }
     }
     Ok(())
+}
+
+fn none_older(processor: &Processor, tag: PhysicalTag, zapped: u64) -> Result<(), Violation> {
+    let old = |held: &&Held| held.provenance.step < zapped;
+    match processor.held_by(Tag::Physical(tag)).find(old) {
+        None => Ok(()),
+        Some(held) => {
+            let what = format!("in the guest, from before step {zapped}, when everything was zapped");
+            Err(explained(what, [held]))
+        }
+    }
 }
 
 /// A violation with what is held, and where that comes from.

@@ -11,6 +11,8 @@ use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 use vmmu::instrument::Scheduler;
 
+/// Turns that one task stays the favourite, about.
+const FAVOUR: u64 = 64;
 /// Stack of a task, in bytes.
 const STACK: usize = 256 << 10;
 
@@ -24,6 +26,10 @@ pub(crate) struct Baton {
     switch: u64,
     drain: u64,
     holds_back: bool,
+    /// The task that ran last waits, or is between two operations.
+    waits: Cell<bool>,
+    /// A task that would like to get through an operation.
+    hurries: Cell<Option<usize>>,
 }
 
 impl Baton {
@@ -38,7 +44,24 @@ impl Baton {
             switch,
             drain,
             holds_back: drain != 0,
+            waits: Cell::new(false),
+            hurries: Cell::new(None),
         })
+    }
+
+    /// Lets others go on; this task has nothing to get through. Nobody's stores stay invisible for as long as one can
+    /// wait.
+    pub(crate) fn wait(&self) {
+        self.waits.set(true);
+        if self.random.borrow_mut().one_in(8) {
+            vmmu::instrument::drain(self.current.get());
+        }
+        self.pause();
+    }
+
+    /// Makes this task the favourite.
+    pub(crate) fn hurry(&self) {
+        self.hurries.set(Some(self.current.get()));
     }
 
     /// Lets another task go on.
@@ -62,7 +85,7 @@ impl Scheduler for Baton {
     }
     fn relax(&self) {
         assert_ne!(self.current.get(), 0, "the main loop waits for a task: nobody will go on");
-        self.pause();
+        self.wait();
     }
     fn drain(&self) -> Option<usize> {
         let mut random = self.random.borrow_mut();
@@ -78,6 +101,9 @@ pub(crate) struct Tasks {
     baton: Rc<Baton>,
     alive: Vec<(usize, Coroutine<(), (), (), DefaultStack>)>,
     random: Random,
+    /// Of a hundred turns, how many are the favourite's; it gets through whole operations while others stand still.
+    bias: u64,
+    favourite: usize,
 }
 
 impl std::fmt::Debug for Tasks {
@@ -88,8 +114,8 @@ impl std::fmt::Debug for Tasks {
 
 impl Tasks {
     /// No tasks yet.
-    pub(crate) fn new(baton: Rc<Baton>, random: Random) -> Self {
-        Self { baton, alive: Vec::new(), random }
+    pub(crate) fn new(baton: Rc<Baton>, random: Random, bias: u64) -> Self {
+        Self { baton, alive: Vec::new(), random, bias, favourite: 0 }
     }
 
     /// Starts a task; it runs when the loop first chooses it.
@@ -115,7 +141,17 @@ impl Tasks {
         if self.alive.is_empty() {
             return false;
         }
-        let at = self.random.below(self.alive.len() as u64) as usize;
+        let count = self.alive.len();
+        if self.baton.waits.take() || self.random.one_in(FAVOUR) {
+            self.favourite = self.random.below(count as u64) as usize;
+        }
+        if let Some(task) = self.baton.hurries.take() {
+            let place = self.alive.iter().position(|(number, _)| *number == task);
+            self.favourite = place.unwrap_or(self.favourite);
+        }
+        let favoured = self.random.below(100) < self.bias;
+        let any = self.random.below(count as u64) as usize;
+        let at = if favoured { self.favourite % count } else { any };
         let (number, coroutine) = &mut self.alive[at];
         let number = *number;
         self.baton.current.set(number);

@@ -87,7 +87,7 @@ mod watched {
         }
         pub(crate) fn store(&self, v: *mut T, order: Ordering) {
             #[cfg(feature = "instrument")]
-            crate::instrument::step();
+            crate::instrument::read_modify_write();
             self.0.store(v, order);
         }
         pub(crate) fn swap(&self, v: *mut T, order: Ordering) -> *mut T {
