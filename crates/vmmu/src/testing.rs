@@ -17,11 +17,17 @@ use std::sync::Mutex;
 pub(crate) struct QuietHost {
     blocks: Mutex<BTreeMap<u64, u8>>,
     kicks: AtomicU64,
+    relaxed: AtomicU64,
 }
 
 impl QuietHost {
     pub(crate) fn new() -> Self {
+        activate_chosen_mutant();
         Self::default()
+    }
+    /// How often something waited.
+    pub(crate) fn relaxed(&self) -> u64 {
+        self.relaxed.load(Relaxed)
     }
     pub(crate) fn kicks(&self) -> u64 {
         self.kicks.load(Relaxed)
@@ -60,7 +66,38 @@ unsafe impl Host for QuietHost {
     fn kick(&self, _: VcpuId) {
         self.kicks.fetch_add(1, Relaxed);
     }
+    fn relax(&self) {
+        self.relaxed.fetch_add(1, Relaxed);
+        crate::sync::relax();
+    }
     fn bug(&self, bug: &Bug) {
         panic!("{bug}");
     }
+}
+
+/// Breaks the rule that `VMMU_MUTANT` names, in every test of this process that has a host: for the proof that tests
+/// notice.
+fn activate_chosen_mutant() {
+    #[cfg(feature = "mutants")]
+    {
+        use crate::mutants::{Mutant, activate};
+        static CHOSEN: std::sync::OnceLock<()> = std::sync::OnceLock::new();
+        CHOSEN.get_or_init(|| {
+            let Ok(name) = std::env::var("VMMU_MUTANT") else { return };
+            let mutant = Mutant::ALL.iter().find(|mutant| mutant.name() == name);
+            activate(Some(*mutant.unwrap_or_else(|| panic!("there is no mutant {name}"))));
+        });
+    }
+}
+
+/// Polls until `condition` holds; false after two seconds, longer than anything takes that ends.
+pub(crate) fn comes_true(condition: impl Fn() -> bool) -> bool {
+    let end = std::time::Instant::now() + std::time::Duration::from_secs(2);
+    while !condition() {
+        if std::time::Instant::now() > end {
+            return false;
+        }
+        std::thread::yield_now();
+    }
+    true
 }

@@ -34,6 +34,10 @@ pub(crate) fn steps() -> Vec<Step> {
             format!("test --release {} --locked", lint::simulation()),
         ),
         Step::cargo("simulation: half a minute of seeds", "run --release --locked -- sim --for 30"),
+        Step::cargo(
+            "one preemption at every atomic access of every operation",
+            "test --package vmmu --features instrument,mutants --test preempted --locked",
+        ),
         Step::cargo("the library builds without std", "check --package vmmu --no-default-features --locked"),
         Step::cargo(
             "the example that embeds the library runs",

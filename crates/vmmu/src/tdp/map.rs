@@ -359,3 +359,68 @@ impl<F: Format> Tdp<F> {
         Mapped::Collapsed(size, removed)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::arch::Npt;
+    use crate::names::AddressSpace;
+    use crate::table::arena::Arena;
+    use crate::testing::QuietHost;
+    use crate::tlb::Tlb;
+
+    /// PROTOCOLS 5: an MMIO entry replaces only what is not present: a leaf met there, at any level, stays, and so does
+    /// what somebody has frozen.
+    #[test]
+    fn an_mmio_entry_replaces_no_leaf() {
+        let (tlb, host) = (Tlb::new(), QuietHost::new());
+        let arena = Arena::new(1 << 30, 1, false);
+        let env = Env { host: &host, tlb: &tlb, arena: &arena };
+        let tdp = Tdp::new(Npt::new(false, 48).expect("legal"));
+        let line = tlb.readers.take(None);
+        let mut cache = Cache::default();
+        cache.top_up(&env.tables(), &tdp.format).expect("memory");
+        let (root, _) = tdp.roots.insert(AddressSpace::NORMAL, cache.take().expect("filled"));
+        let gfn = Gfn::new(3);
+        let mmio = |generation| Mmio { gfn, write: true, generation };
+        for level in [Level::L1, Level::L2, Level::L3] {
+            cache.top_up(&env.tables(), &tdp.format).expect("memory");
+            let shared = tlb.lock.shared(&tlb, line, &host);
+            let walk = || tdp.walk(env, &root, gfn, Level::L1, &shared);
+            let (access, writable) = (NestedAccess::READ, Writable::No);
+            let want = Wanted { gfn, pfn: Pfn::new(3), level, writable, access };
+            let (here, above) = (walk(), level > Level::L1);
+            let mapped = tdp.map(env, &shared, &root, here, want, &mut cache);
+            match mapped {
+                Mapped::Collapsed(_, removed) if above => {
+                    // No processor and no other reader is there.
+                    let (pages, debt) = removed.into_parts();
+                    debt.paid_by_what_follows();
+                    env.tables().free_list(pages);
+                }
+                Mapped::Fixed(_) if !above => {}
+                other => panic!("{other:?} at {level:?}"),
+            }
+            let leaf = walk();
+            assert_eq!(leaf.level, level);
+            assert_eq!(tdp.map_mmio(env, &shared, leaf, mmio(1), &mut cache), MmioMapped::Retry);
+            assert_eq!(walk().raw, leaf.raw, "memory became a device's");
+        }
+        let shared = tlb.lock.shared(&tlb, line, &host);
+        let other = Gfn::new(1 << 20);
+        let walk = || tdp.walk(env, &root, other, Level::L1, &shared);
+        let mmio = |generation| Mmio { gfn: other, write: true, generation };
+        for generation in 1..3 {
+            assert_eq!(tdp.map_mmio(env, &shared, walk(), mmio(generation), &mut cache), MmioMapped::Created);
+        }
+        let frozen = tdp.format.encode(Entry::Frozen, Level::L1);
+        let before = walk().cell.swap(frozen);
+        assert_eq!(tdp.format.decode(before, Level::L1), Entry::Mmio(mmio(2)));
+        assert_eq!(tdp.map_mmio(env, &shared, walk(), mmio(3), &mut cache), MmioMapped::Retry);
+        assert_eq!(walk().raw, frozen);
+        drop(shared);
+        cache.release(&env.tables());
+        tdp.free_all(env, line, &root);
+        assert_eq!(env.tables().release_all(), 0);
+    }
+}

@@ -138,7 +138,7 @@ impl Drop for Exclusive<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::testing::QuietHost;
+    use crate::testing::{QuietHost, comes_true};
     use core::sync::atomic::AtomicI64;
 
     /// PROTOCOLS 2: nobody is in Shared during Exclusive (stress; the order of each step is the models').
@@ -184,6 +184,60 @@ mod tests {
         assert_eq!(line.announcement().state(), State::Mapping);
         drop(outer);
         assert!(line.is_out());
+    }
+
+    /// PROTOCOLS 2: Exclusive waits until nobody holds Shared, whoever announced it and since when.
+    #[test]
+    fn exclusive_waits_for_shared() {
+        let (tlb, host, got) = (Tlb::new(), QuietHost::new(), AtomicBool::new(false));
+        let line = tlb.readers.take(None);
+        let shared = tlb.lock.shared(&tlb, line, &host);
+        std::thread::scope(|s| {
+            s.spawn(|| {
+                let line = tlb.readers.take(None);
+                let exclusive = tlb.lock.exclusive(&tlb, line, &host);
+                got.store(true, Release);
+                drop(exclusive);
+            });
+            assert!(comes_true(|| got.load(Acquire) || host.relaxed() > 100));
+            assert!(!got.load(Acquire), "Exclusive beside Shared");
+            drop(shared);
+        });
+        assert!(got.load(Acquire));
+    }
+
+    /// PROTOCOLS 2: whoever announces Shared and sees the flag raised takes it back, and waits.
+    #[test]
+    fn shared_waits_for_exclusive() {
+        let (tlb, host, got) = (Tlb::new(), QuietHost::new(), AtomicBool::new(false));
+        let (own, other) = (tlb.readers.take(None), tlb.readers.take(None));
+        let exclusive = tlb.lock.exclusive(&tlb, own, &host);
+        std::thread::scope(|s| {
+            s.spawn(|| {
+                // Also from walking, whose section then goes on.
+                let walking = other.walk(&tlb);
+                let shared = tlb.lock.shared(&tlb, other, &host);
+                got.store(true, Release);
+                drop((shared, walking));
+            });
+            assert!(comes_true(|| got.load(Acquire) || host.relaxed() > 100));
+            assert!(!got.load(Acquire), "Shared beside Exclusive");
+            assert_eq!(other.announcement().state(), State::Walking);
+            drop(exclusive);
+        });
+        assert!(got.load(Acquire));
+    }
+
+    /// PROTOCOLS 2: raising the flag and announcing oneself have their fences; the writers' mutex alone has none.
+    #[test]
+    fn exclusive_has_its_fences() {
+        let (tlb, host) = (Tlb::new(), QuietHost::new());
+        let line = tlb.readers.take(None);
+        let (exclusive, fences, locked) = crate::sync::cost::of(|| tlb.lock.exclusive(&tlb, line, &host));
+        assert_eq!((fences, locked), (2, 1));
+        drop(exclusive);
+        let (_writer, fences, locked) = crate::sync::cost::of(|| tlb.lock.writer());
+        assert_eq!((fences, locked), (0, 1));
     }
 
     #[test]

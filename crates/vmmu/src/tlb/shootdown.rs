@@ -128,7 +128,7 @@ mod tests {
     use crate::addr::Gfn;
     use crate::addr::Hpa;
     use crate::names::VcpuId;
-    use crate::testing::QuietHost;
+    use crate::testing::{QuietHost, comes_true};
 
     /// PROTOCOLS 3: a vCPU out of the guest costs a shootdown neither a kick nor a wait.
     #[test]
@@ -154,13 +154,11 @@ mod tests {
         guest.publish_guest(tlb.generation.now());
         let host = QuietHost::new();
         std::thread::scope(|s| {
-            s.spawn(|| {
-                while host.kicks() == 0 {
-                    std::thread::yield_now();
-                }
-                guest.leave_guest();
-            });
-            tlb.shootdown(own, &host);
+            let done = s.spawn(|| tlb.shootdown(own, &host));
+            let kicked = comes_true(|| host.kicks() != 0);
+            let waits = comes_true(|| done.is_finished() || host.relaxed() > 100) && !done.is_finished();
+            guest.leave_guest();
+            assert!(kicked && waits, "kicked: {kicked}, awaited: {waits}");
         });
         assert_eq!(host.kicks(), 1);
         guest.announce_guest(Hpa::new(0x1000));

@@ -71,6 +71,86 @@ fn fences_and_locked_operations_of_each_path() {
     assert!(rows.iter().filter(|r| r.0 == "first touch of 4 KiB").all(|r| r.1 + r.2 <= 3));
 }
 
+/// PROTOCOLS 3: the root is looked at again after *in guest* is announced, whatever the requests say: a processor never
+/// loads one that was invalidated before its entry.
+#[test]
+fn a_root_that_died_turns_an_entry_away() {
+    let vm = vm();
+    let mut vcpu = vm.vcpu().expect("alive");
+    let mut cpu = PhysCpu::new(TagSet::asids(16, true));
+    vcpu.prepare().expect("memory");
+    let inner = &*vm.inner;
+    let own = vm.own_line();
+    let exclusive = inner.tlb.lock.exclusive(&inner.tlb, own.line(), &inner.host);
+    inner.tdp.roots.invalidate_all(&exclusive);
+    assert!(vcpu.enter(&mut cpu).is_err(), "an invalid root was entered");
+    assert!(vcpu.own.line().is_out());
+    drop(exclusive);
+    vcpu.prepare().expect("memory");
+    vcpu.enter(&mut cpu).expect("prepared").ran();
+    vm.zap_all().expect("alive");
+    assert_eq!(vm.stats().roots, 0);
+}
+
+/// PROTOCOLS 5: an MMIO hit reads the generation before the entry. Wherever a wrap ends in the middle of a fault, its
+/// zap first, an entry from before it is not taken for one of the generation that begins.
+#[test]
+#[cfg(feature = "instrument")]
+fn an_mmio_hit_reads_the_generation_first() {
+    use crate::instrument::{Scheduler, with_scheduler};
+    use core::cell::Cell;
+
+    struct Once<'a>(Cell<u32>, &'a dyn Fn());
+    impl Scheduler for Once<'_> {
+        fn task(&self) -> usize {
+            0
+        }
+        fn step(&self) {
+            let left = self.0.get();
+            self.0.set(left.saturating_sub(1));
+            if left == 1 {
+                (self.1)();
+            }
+        }
+        fn relax(&self) {}
+        fn drain(&self) -> Option<usize> {
+            None
+        }
+        fn holds_back(&self) -> bool {
+            false
+        }
+    }
+
+    const IN_PROGRESS: u64 = 1 << 63;
+    let fault = Fault::npf(Gpa::new(0x8000_1000), WRITE);
+    let gfn = fault.gpa().gfn();
+    for access in 1.. {
+        let vm = vm();
+        let mut vcpu = vm.vcpu().expect("alive");
+        vcpu.prepare().expect("memory");
+        let inner = &*vm.inner;
+        let new = inner.slots.write().set(AddressSpace::NORMAL).generation().for_mmio();
+        vcpu.handle_fault(fault).expect("memory");
+        let set = |generation| inner.slots.write().set_generation(AddressSpace::NORMAL, generation);
+        set(IN_PROGRESS | u64::from(new - 1));
+        let (own, root) = (vm.own_line(), vcpu.root.clone().expect("prepared"));
+        let wrap_ends = || {
+            let walking = own.line().walk(&inner.tlb);
+            let at = inner.tdp.walk(inner.env(), &root, gfn, crate::addr::Level::L1, &walking);
+            at.cell.swap(inner.tdp.format.empty());
+            set(u64::from(new));
+        };
+        let once = Once(Cell::new(access), &wrap_ends);
+        with_scheduler(&once, || vcpu.handle_fault(fault).expect("memory"));
+        assert_eq!(vm.stats().pf_mmio_hit, 0, "a stale entry answered, before access {access}");
+        if once.0.get() != 0 {
+            assert!(access > 10, "{access} accesses");
+            set(u64::from(new));
+            break;
+        }
+    }
+}
+
 /// Guest tables of four levels that map `pages` pages from gva 0, and the memory they lie in.
 struct Guest {
     vm: Vm<QuietHost>,

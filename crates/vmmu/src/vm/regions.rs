@@ -104,3 +104,44 @@ impl<H: Host> Inner<H> {
         old
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use crate::addr::{Gfn, Gpa, Pfn};
+    use crate::arch::entry::MMIO_GENERATION_MASK;
+    use crate::arch::fault::Fault;
+    use crate::host::Contiguous;
+    use crate::memory::Region;
+    use crate::names::{AddressSpace, SlotId};
+    use crate::testing::QuietHost;
+    use crate::vcpu::Outcome;
+    use crate::vm::Vm;
+    use crate::vm::config::{Config, TableFormat};
+    use std::sync::Arc;
+
+    /// T51, PROTOCOLS 5: an MMIO entry keeps 19 bits of its generation. When they start over, an entry of long ago
+    /// would be taken for a new one, and a device be found where there is memory by now.
+    #[test]
+    fn a_wrap_forgets_every_mmio_entry() {
+        for spaces in [1, 2] {
+            let config = Config::new(TableFormat::Npt4, 51).address_spaces(spaces);
+            let vm = Vm::new(QuietHost::new(), config).expect("legal");
+            let mut vcpu = vm.vcpu().expect("alive");
+            let mut fault = || {
+                vcpu.prepare().expect("memory");
+                vcpu.handle_fault(Fault::npf(Gpa::new(0x3000), 0x1_0000_0006)).expect("no error")
+            };
+            assert!(matches!(fault(), Outcome::Mmio(_)));
+            assert!(matches!(fault(), Outcome::Mmio(_)));
+            assert_eq!(vm.stats().pf_mmio_hit, 1);
+            // As many changes later as the bits can tell apart, less one.
+            let last = MMIO_GENERATION_MASK + 1 - u64::from(spaces);
+            vm.inner.slots.write().set_generation(AddressSpace::NORMAL, last);
+            // SAFETY: nobody reads or writes through these frames.
+            let backing = Arc::new(unsafe { Contiguous::new(Pfn::new(1 << 20), 16) });
+            vm.set_region(SlotId::new(0), Region::new(Gfn::new(0), 16, backing)).expect("valid");
+            assert_eq!(fault(), Outcome::Resume, "of {spaces} address spaces");
+            vm.audit().unwrap_or_else(|broken| panic!("{broken}"));
+        }
+    }
+}

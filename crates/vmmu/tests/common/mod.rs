@@ -3,11 +3,15 @@
 
 #![allow(dead_code)] // each test file uses its own part
 
+pub(crate) mod scene;
+
+use scene::Hook;
 use std::alloc::{Layout, alloc_zeroed, dealloc};
 use std::collections::{BTreeMap, BTreeSet};
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex};
+use vmmu::trace::Event;
 use vmmu::{Backing, Bug, Host, Hpa, PageSize, Pfn, ResolveError, ResolveRequest, Resolved, VcpuId};
 
 /// A small generator of seeded choices (`SplitMix64`).
@@ -45,14 +49,20 @@ pub(crate) const FIRST_FRAME: u64 = 0x10_0000;
 pub(crate) struct TestHost {
     /// Blocks of tables that are out, by index.
     blocks: Mutex<BTreeSet<u64>>,
-    tables: NonNull<u8>,
-    memory: NonNull<u8>,
+    tables: Zeroed,
+    memory: Zeroed,
     /// Allocations so far, and the first that fails.
     allocations: AtomicU64,
     fail_from: AtomicU64,
     pub(crate) kicks: AtomicU64,
     /// vCPUs that were kicked, one bit each.
     pub(crate) kicked: AtomicU64,
+    /// What a test does when the library calls the method of that name.
+    pub(crate) on_trace: Hook<Event>,
+    pub(crate) on_kick: Hook<VcpuId>,
+    pub(crate) on_relax: Hook<()>,
+    pub(crate) on_frame: Hook<Pfn>,
+    pub(crate) on_alloc: Hook<()>,
 }
 
 // SAFETY: the memory is reached through atomics and raw pointers only, and freed when the host is dropped.
@@ -60,32 +70,54 @@ unsafe impl Send for TestHost {}
 // SAFETY: as above.
 unsafe impl Sync for TestHost {}
 
-fn frames_layout() -> Layout {
-    Layout::from_size_align(FRAMES as usize * 4096, 4096).expect("a fixed size")
-}
 /// Blocks of tables that the host has, each of 256 KiB, and where they start in its physical memory.
 const BLOCKS: u64 = 256;
 const BLOCK_BYTES: u64 = 256 << 10;
 const FIRST_BLOCK: u64 = 1 << 30;
 
-fn tables_layout() -> Layout {
-    Layout::from_size_align((BLOCKS * BLOCK_BYTES) as usize, BLOCK_BYTES as usize).expect("a fixed size")
+/// Zeroed memory. Aligned by hand: an allocator that aligns it writes every zero, one that does not takes pages as
+/// they are used, and tests make many hosts.
+#[derive(Debug)]
+struct Zeroed {
+    base: NonNull<u8>,
+    at: NonNull<u8>,
+    layout: Layout,
+}
+
+impl Zeroed {
+    fn new(bytes: u64, align: u64) -> Self {
+        let layout = Layout::from_size_align((bytes + align) as usize, 16).expect("a fixed size");
+        // SAFETY: the layout is not empty.
+        let base = NonNull::new(unsafe { alloc_zeroed(layout) }).expect("some MiB");
+        // SAFETY: `align` more bytes than are needed were allocated.
+        let at = unsafe { base.add(base.align_offset(align as usize)) };
+        Self { base, at, layout }
+    }
+}
+
+impl Drop for Zeroed {
+    fn drop(&mut self) {
+        // SAFETY: allocated in `new` with this layout.
+        unsafe { dealloc(self.base.as_ptr(), self.layout) };
+    }
 }
 
 impl TestHost {
     pub(crate) fn new() -> Arc<Self> {
-        // SAFETY: the layout is not empty.
-        let memory = NonNull::new(unsafe { alloc_zeroed(frames_layout()) }).expect("16 MiB");
-        // SAFETY: the layout is not empty.
-        let tables = NonNull::new(unsafe { alloc_zeroed(tables_layout()) }).expect("64 MiB");
+        scene::activate_chosen_mutant();
         Arc::new(Self {
             blocks: Mutex::default(),
-            tables,
-            memory,
+            tables: Zeroed::new(BLOCKS * BLOCK_BYTES, BLOCK_BYTES),
+            memory: Zeroed::new(FRAMES * 4096, 4096),
             allocations: AtomicU64::new(0),
             fail_from: AtomicU64::new(u64::MAX),
             kicks: AtomicU64::new(0),
             kicked: AtomicU64::new(0),
+            on_trace: Hook::default(),
+            on_kick: Hook::default(),
+            on_relax: Hook::default(),
+            on_frame: Hook::default(),
+            on_alloc: Hook::default(),
         })
     }
     /// Makes the `n`-th allocation from now, counted from 0, and all after it fail; `None` lets all succeed.
@@ -106,11 +138,6 @@ impl TestHost {
 impl Drop for TestHost {
     fn drop(&mut self) {
         assert_eq!(self.blocks_out(), 0, "blocks of tables were not given back");
-        // SAFETY: both were allocated in `new` with these layouts.
-        unsafe {
-            dealloc(self.memory.as_ptr(), frames_layout());
-            dealloc(self.tables.as_ptr(), tables_layout());
-        }
     }
 }
 
@@ -122,6 +149,7 @@ pub(crate) struct Handle(pub(crate) Arc<TestHost>);
 // as long as the host.
 unsafe impl Host for Handle {
     fn alloc_tables(&self, order: u8, _: bool) -> Option<Hpa> {
+        self.0.on_alloc.call(());
         if self.0.allocations.fetch_add(1, Relaxed) >= self.0.fail_from.load(Relaxed) {
             return None;
         }
@@ -142,16 +170,26 @@ unsafe impl Host for Handle {
         let offset = at.raw() - FIRST_BLOCK;
         assert!(offset < BLOCKS * BLOCK_BYTES, "{at} is no table memory");
         // SAFETY: below the end of the allocation.
-        unsafe { self.0.tables.add(offset as usize) }
+        unsafe { self.0.tables.at.add(offset as usize) }
     }
     fn frame_ptr(&self, pfn: Pfn) -> Option<NonNull<u8>> {
+        self.0.on_frame.call(pfn);
         let index = pfn.raw().checked_sub(FIRST_FRAME).filter(|n| *n < FRAMES)?;
         // SAFETY: below the end of the allocation.
-        Some(unsafe { self.0.memory.add(index as usize * 4096) })
+        Some(unsafe { self.0.memory.at.add(index as usize * 4096) })
     }
     fn kick(&self, vcpu: VcpuId) {
         self.0.kicks.fetch_add(1, Relaxed);
         self.0.kicked.fetch_or(1 << vcpu.number(), Relaxed);
+        self.0.on_kick.call(vcpu);
+    }
+    fn relax(&self) {
+        self.0.on_relax.call(());
+        scene::count_wait();
+        std::thread::yield_now();
+    }
+    fn trace(&self, event: Event) {
+        self.0.on_trace.call(event);
     }
     fn bug(&self, bug: &Bug) {
         panic!("{bug}");
