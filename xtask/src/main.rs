@@ -1,6 +1,7 @@
 //! Everything that a contributor or CI does with vmmu, as one program: `cargo xtask COMMAND`.
 //!
-//! `boot` runs a guest under the hypervisor, `bench` measures, `test` proves, `models` checks the protocols. Each
+//! `boot` runs a guest under the hypervisor, `bench` measures, `test` proves, `models` checks the protocols, `mutants` breaks
+//! rules to see them noticed. Each
 //! needs nothing prepared: what is missing is built, downloaded under the target folder, or named with the command
 //! that installs it.
 #![forbid(unsafe_code)]
@@ -13,6 +14,7 @@ mod host;
 mod initrd;
 mod lint;
 mod models;
+mod mutants;
 mod qemu;
 mod screen;
 mod test;
@@ -37,6 +39,7 @@ enum Command {
     Bench(bench::Bench),
     Test(test::Test),
     Models(models::Models),
+    Mutants(mutants::Mutants),
     /// Checks formatting, lints and documentation
     Lint,
 }
@@ -49,6 +52,7 @@ fn main() -> ExitCode {
         Command::Test(test) => test::command(test),
         Command::Lint => lint::command(),
         Command::Models(models) => models::command(models),
+        Command::Mutants(mutants) => mutants::command(mutants),
     });
     match result {
         Ok(status) => ExitCode::from(status),
