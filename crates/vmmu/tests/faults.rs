@@ -3,11 +3,13 @@
 
 mod common;
 
-use common::scene::{Asked, mapped, npf, orderly, pages, run, set, small, touch, vcpu, vm};
+use common::scene::{Asked, Gate, mapped, npf, orderly, pages, run, set, small, start, touch, vcpu, vm};
 use common::{FIRST_FRAME, Handle, TestHost};
 use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex};
+use std::thread::scope;
+use vmmu::trace::Event;
 use vmmu::{
     Access, Backing, Config, Error, Fault, FetchError, Gfn, GfnRange, Gpa, Gva, Level, Outcome, PageSize,
     PagingState, Pfn, ResolveError, ResolveRequest, Resolved, Scattered, TableFormat, Vm, WalkError,
@@ -97,6 +99,48 @@ fn retired_tables_count_as_memory() {
         assert_eq!(fill(&mut vcpu), room);
         orderly(&vm);
     }
+}
+
+/// PROTOCOLS 4: where those tables have not passed their grace, the top-up waits for it, holding nothing, instead of
+/// reporting that memory has run out.
+#[test]
+fn a_top_up_waits_for_retired_tables() {
+    let host = TestHost::new();
+    let vm = Vm::new(Handle(host.clone()), Config::new(TableFormat::Npt4, 48).memory_limit(BLOCK));
+    let vm = vm.expect("legal");
+    let (shot, inside) = (Gate::new(), Gate::new());
+    let (at_shootdown, in_section) = (shot.clone(), inside.clone());
+    host.on_trace.set(move |event| {
+        if event == Event::RootsInvalidated {
+            at_shootdown.stop();
+        }
+    });
+    let backing = Asked(move |page, _| {
+        if page == 7 {
+            in_section.stop();
+        }
+        small((1 << 30) + page)
+    });
+    set(&vm, 0, 0, 256 * GIB, Arc::new(backing));
+    let (mut filling, mut walking) = (vcpu(&vm), vcpu(&vm));
+    let full = (0..256).map(|n| filling.handle_fault(npf(n * GIB, true))).find(Result::is_err);
+    assert_eq!(full, Some(Err(Error::MemoryLimit { limit: BLOCK, used: BLOCK })));
+    scope(|s| {
+        // A section that is announced after the shootdown and before the tables are unlinked holds them up.
+        let zap = start(s, || vm.zap_all().expect("alive"));
+        shot.reached();
+        let walker = start(s, || touch(&mut walking, 7));
+        inside.reached();
+        shot.open();
+        zap.join();
+        assert!(vm.stats().table_pages_retired > 20);
+        let prepares = start(s, || filling.prepare());
+        assert!(prepares.waits(), "tables that wait for their grace were not waited for");
+        inside.open();
+        assert_eq!(prepares.join(), Ok(()));
+        assert_eq!(walker.join(), Outcome::Resume);
+    });
+    orderly(&vm);
 }
 
 /// T87: a fault is counted once, however often its backing is asked; and the backing is asked to wait only after it
@@ -251,12 +295,13 @@ fn addresses_at_the_end_of_the_space() {
                 let outcome = vcpu.handle_fault(Fault::npf(gpa, code)).expect("no error");
                 assert!(matches!(outcome, Outcome::Mmio(access) if access.gpa == gpa), "{outcome:?}");
             }
-            for error in [vcpu.read(gpa, &mut [0]), reader.write(gpa, &[0])] {
-                let refused = matches!(error, Err(Error::NoSlot { .. } | Error::Wrap { .. }));
-                assert!(refused, "{gpa}: {error:?}");
-            }
-            let error = reader.read(gpa, &mut [0; 8192]);
-            assert!(matches!(error, Err(Error::NoSlot { .. } | Error::Wrap { .. })), "{gpa}: {error:?}");
+            let refused = |bytes: u64| match raw.checked_add(bytes) {
+                Some(_) => Err(Error::NoSlot { gpa }),
+                None => Err(Error::Wrap { gpa, bytes }),
+            };
+            assert_eq!(vcpu.read(gpa, &mut [0]), refused(1));
+            assert_eq!(reader.write(gpa, &[0; 8]), refused(8));
+            assert_eq!(reader.read(gpa, &mut [0; 8192]), refused(8192));
             vcpu.set_paging(PagingState::new(0x8001_0001, raw, 0x20, 0xD00, 52));
             assert!(vcpu.translate(Gva::new(raw), Access::READ).is_err());
             assert!(vcpu.fetch_instruction(Gva::new(raw)).is_err());
