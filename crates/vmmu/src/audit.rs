@@ -330,10 +330,12 @@ impl<H: Host> Audit<'_, H> {
         };
         let last = size.pages() - 1;
         let step = if cfg!(debug_assertions) && size < PageSize::Size1G { 1 } else { last.max(1) };
+        // A backing need not say "writable" to who only reads (M80).
+        let request = ResolveRequest::new(leaf.writable == Writable::Yes, false);
         let mut n = 0;
         while n <= last {
             let (gfn, mapped) = (visit.gfn.offset(n), leaf.pfn.offset(n));
-            if let Ok(backed) = slot.backing.resolve(slot.page(gfn), ResolveRequest::new(false, false)) {
+            if let Ok(backed) = slot.backing.resolve(slot.page(gfn), request) {
                 if backed.pfn != mapped {
                     return Err(AuditError::Frame { gfn, mapped, backed: backed.pfn });
                 }

@@ -295,7 +295,7 @@ fn addresses_at_the_end_of_the_space() {
                 let outcome = vcpu.handle_fault(Fault::npf(gpa, code)).expect("no error");
                 assert!(matches!(outcome, Outcome::Mmio(access) if access.gpa == gpa), "{outcome:?}");
             }
-            let refused = |bytes: u64| match raw.checked_add(bytes) {
+            let refused = |bytes: u64| match raw.checked_add(bytes - 1) {
                 Some(_) => Err(Error::NoSlot { gpa }),
                 None => Err(Error::Wrap { gpa, bytes }),
             };

@@ -2,7 +2,7 @@
 //! for the first, and the first goes on; for every n. Once with memory as it is, once with the first operation's
 //! stores held back until it executes a full fence or a read-modify-write, as a processor may.
 //!
-//! What needs two preemptions is the simulation's. Needs the `instrument` feature.
+//! One pair of operations has two preemptions; more is the simulation's. Needs the `instrument` feature.
 #![cfg(feature = "instrument")]
 
 mod common;
@@ -66,8 +66,7 @@ impl At {
     }
 }
 
-/// Runs `scene` with a preemption before each access, until it says that the operation ended before. Returns how
-/// many there were.
+/// Runs `scene` with a preemption before each access in turn, until it says that the operation ended before.
 fn everywhere(mut scene: impl FnMut(At) -> bool) {
     for holds_back in [false, true] {
         let mut access = 1;

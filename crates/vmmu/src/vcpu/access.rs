@@ -72,7 +72,7 @@ impl<H: Host> Vcpu<H> {
 
 /// The part of an access that lies in one page: its address, its offset in the page, and its bytes.
 fn pages(gpa: Gpa, bytes: usize) -> Result<impl Iterator<Item = (Gpa, core::ops::Range<usize>)>, Error> {
-    if gpa.checked_add(bytes as u64).is_none() {
+    if gpa.checked_add((bytes as u64).saturating_sub(1)).is_none() {
         return Err(Error::Wrap { gpa, bytes: bytes as u64 });
     }
     let mut done = 0;
@@ -129,7 +129,7 @@ pub(super) fn with_page<H: Host, R>(
     if gfn > inner.tdp.format.max_gfn() {
         return Err(Error::NoSlot { gpa });
     }
-    let mut answer: Option<(Resolved, Snapshot, SlotGeneration)> = None;
+    let mut answer: Option<(Result<Resolved, ResolveError>, Snapshot, SlotGeneration)> = None;
     loop {
         let (walking, section) = line.walk_with_slots(&inner.tlb);
         let set = inner.slots.read(space, &section);
@@ -147,23 +147,23 @@ pub(super) fn with_page<H: Host, R>(
         let (resolved, snapshot, generation) = match answer.take() {
             Some(answer) => answer,
             None => match slot.backing.resolve(slot.page(gfn), ResolveRequest::new(write, false)) {
-                Ok(resolved) => (resolved, snapshot, generation),
                 Err(ResolveError::WouldWait) => {
                     let slot = slot.clone();
                     drop((section, walking));
-                    let resolved = slot
-                        .backing
-                        .resolve(slot.page(gfn), ResolveRequest::new(write, true))
-                        .map_err(|why| Error::Backing { gfn, why })?;
+                    let resolved = slot.backing.resolve(slot.page(gfn), ResolveRequest::new(write, true));
                     answer = Some((resolved, snapshot, generation));
                     continue;
                 }
-                Err(why) => return Err(Error::Backing { gfn, why }),
+                resolved => (resolved, snapshot, generation),
             },
         };
-        if write && !resolved.writable {
-            return Err(Error::ReadOnly { gpa });
-        }
+        let resolved = match resolved {
+            // These say nothing about the page: no recheck makes them better.
+            Err(why @ (ResolveError::OutOfMemory | ResolveError::Interrupted | ResolveError::WouldWait)) => {
+                return Err(Error::Backing { gfn, why });
+            }
+            resolved => resolved,
+        };
         let current = inner.sequence.is_current(GfnRange::block(gfn, Level::L1), snapshot)
             && inner.slots.read(space, &section).generation() == generation;
         if !current && !mutant(AccessNoRecheck) {
@@ -171,6 +171,11 @@ pub(super) fn with_page<H: Host, R>(
             order::waits_for_invalidations();
             inner.host.relax();
             continue;
+        }
+        // Only now: that there is no page, or none to write to, is an answer that may be out of date (M71).
+        let resolved = resolved.map_err(|why| Error::Backing { gfn, why })?;
+        if write && !resolved.writable {
+            return Err(Error::ReadOnly { gpa });
         }
         let at = inner.host.frame_ptr(resolved.pfn).ok_or(Error::Unreachable { gfn, pfn: resolved.pfn })?;
         // SAFETY: the frame was resolved for a slot that is published now, and neither an open invalidation nor one

@@ -90,6 +90,9 @@ struct Question {
     basis: Basis,
 }
 
+/// What a backing answered.
+type Answer = Result<Resolved, ResolveError>;
+
 /// What an answer of a backing rests on.
 #[derive(Clone, Copy)]
 struct Basis {
@@ -112,7 +115,7 @@ impl<H: Host> Vcpu<H> {
             // Most faults need no table; one that does, and finds none, says so.
             let _ = self.top_up();
         }
-        match self.pass(fault, None) {
+        match self.pass(fault, None, true) {
             Pass::Resume => Ok(Outcome::Resume),
             Pass::Mmio => Ok(Outcome::Mmio(mmio_access(fault))),
             other => self.finish(fault, other),
@@ -132,8 +135,9 @@ impl<H: Host> Vcpu<H> {
                 Pass::Wait(Question { slot, basis }) => {
                     let request = ResolveRequest::new(fault.access().write, true);
                     match slot.backing.resolve(slot.page(fault.gpa().gfn()), request) {
-                        Ok(resolved) => {
-                            pass = self.pass(fault, Some((resolved, basis)));
+                        // That there is no page is an answer like any other: it may be out of date (T71).
+                        answer @ (Ok(_) | Err(ResolveError::Unbacked | ResolveError::Poisoned)) => {
+                            pass = self.pass(fault, Some((answer, basis)), false);
                             continue;
                         }
                         Err(why) => refused(fault, why),
@@ -141,7 +145,7 @@ impl<H: Host> Vcpu<H> {
                 }
                 Pass::NoTable => {
                     self.top_up()?;
-                    pass = self.pass(fault, None);
+                    pass = self.pass(fault, None, false);
                     continue;
                 }
                 Pass::Reserved(entry, level) => {
@@ -160,9 +164,9 @@ impl<H: Host> Vcpu<H> {
         }
     }
 
-    /// One pass; with an answer from the backing, or to get one.
+    /// One pass; with an answer from the backing, or to get one. The first counts the fault (T87).
     #[inline(always)]
-    fn pass(&mut self, fault: Fault, answer: Option<(Resolved, Basis)>) -> Pass {
+    fn pass(&mut self, fault: Fault, answer: Option<(Answer, Basis)>, first: bool) -> Pass {
         let access = fault.access();
         let gfn = fault.gpa().gfn();
         let own = &self.own;
@@ -170,7 +174,7 @@ impl<H: Host> Vcpu<H> {
         let (tdp, env, counters) = (&inner.tdp, inner.env(), &line.counters);
         if gfn > tdp.format.max_gfn() {
             // T5: no entry of any kind may be made for it.
-            counters.pf_taken.add(1);
+            counters.pf_taken.add(u64::from(first));
             counters.pf_emulate.add(1);
             return Pass::Mmio;
         }
@@ -189,7 +193,7 @@ impl<H: Host> Vcpu<H> {
             generation
         };
         if at.raw != tdp.format.empty()
-            && let Some(pass) = already_there(own, fault, at, generation)
+            && let Some(pass) = already_there(own, fault, at, generation, first)
         {
             return pass;
         }
@@ -197,7 +201,7 @@ impl<H: Host> Vcpu<H> {
             // T49: no entry has reserved bits any more: another processor zapped it.
             return retry(own, gfn);
         }
-        if answer.is_none() {
+        if first {
             counters.pf_taken.add(1);
         }
         // Before slot and backing are looked at (M72).
@@ -232,9 +236,17 @@ impl<H: Host> Vcpu<H> {
             counters.pf_emulate.add(1);
             return Pass::ReadOnly;
         }
+        // Whether an answer that maps nothing still stands: range, sequence, slots, in this order (PROTOCOLS 4).
+        let stands = |basis: Basis| {
+            inner.sequence.is_current(GfnRange::block(gfn, Level::L1), basis.snapshot)
+                && inner.slots.read(self.space, &section).generation() == basis.generation
+        };
         let (resolved, basis) = match answer {
             // An answer for another set is stale; one from before an end is refused by the recheck below.
-            Some((resolved, basis)) if basis.generation == generation => (resolved, basis),
+            Some((Ok(resolved), basis)) if basis.generation == generation => (resolved, basis),
+            Some((Err(why), basis)) if basis.generation == generation => {
+                return if stands(basis) { Pass::Refused(why) } else { retry(own, gfn) };
+            }
             _ => {
                 let basis = Basis { snapshot, generation };
                 let resolved = if inner.config.optimizations.contains(Optimizations::RESOLVE_AT_ONCE) {
@@ -252,12 +264,18 @@ impl<H: Host> Vcpu<H> {
                     Err(ResolveError::WouldWait) => {
                         return Pass::Wait(Question { slot: slot.clone(), basis });
                     }
-                    Err(why) => return Pass::Refused(why),
+                    Err(why @ (ResolveError::OutOfMemory | ResolveError::Interrupted)) => {
+                        return Pass::Refused(why);
+                    }
+                    Err(why) => return if stands(basis) { Pass::Refused(why) } else { retry(own, gfn) },
                 }
             }
         };
         let writable = resolved.writable && !slot.is_read_only();
         if access.write && !writable {
+            if !stands(basis) {
+                return retry(own, gfn);
+            }
             counters.pf_emulate.add(1);
             return Pass::ReadOnly;
         }
@@ -319,6 +337,7 @@ fn already_there<H: Host>(
     fault: Fault,
     at: Position<'_>,
     generation: SlotGeneration,
+    first: bool,
 ) -> Option<Pass> {
     let (inner, counters) = (own.inner(), &own.line().counters);
     let format = &inner.tdp.format;
@@ -327,7 +346,7 @@ fn already_there<H: Host>(
             if fault.is_reserved() && format.reserved_bits(at.raw, at.level) != 0 {
                 return Some(Pass::Reserved(at.raw, at.level));
             }
-            counters.pf_taken.add(1);
+            counters.pf_taken.add(u64::from(first));
             counters.pf_spurious.add(1);
             Some(Pass::Resume)
         }
