@@ -22,6 +22,8 @@ enum Command {
     Sim(simulate::Options),
     /// Names the rules that --mutant can break
     Mutants,
+    /// Names the scenes that --scenario can set
+    Scenarios,
 }
 
 fn main() -> ExitCode {
@@ -31,6 +33,12 @@ fn main() -> ExitCode {
         Some(Command::Mutants) => {
             for mutant in vmmu_sim::Mutant::ALL {
                 println!("{:<26}{}", mutant.name(), mutant.rule().trim());
+            }
+            ExitCode::SUCCESS
+        }
+        Some(Command::Scenarios) => {
+            for scenario in vmmu_sim::Scenario::ALL {
+                println!("{:<26}{}", scenario.name(), scenario.about().trim());
             }
             ExitCode::SUCCESS
         }

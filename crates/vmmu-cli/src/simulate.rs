@@ -12,7 +12,7 @@ use std::process::ExitCode;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::{Duration, Instant};
-use vmmu_sim::{Case, Mutant, Part, activate, run};
+use vmmu_sim::{Case, Mutant, Part, Scenario, activate, run};
 
 /// Simulates seeded histories of vCPUs, moving memory, slots and zaps, and judges every translation
 #[derive(Args, Clone, Debug)]
@@ -20,6 +20,9 @@ pub(crate) struct Options {
     /// The first seed
     #[arg(long, default_value_t = 0)]
     seed: u64,
+    /// A scene that brings a few rules together often (`vmmu scenarios` names them)
+    #[arg(long, value_parser = scenario)]
+    scenario: Option<Scenario>,
     /// How many seeds; one, unless --for says how long
     #[arg(long)]
     seeds: Option<u64>,
@@ -70,11 +73,17 @@ fn mutant(name: &str) -> Result<Mutant, String> {
     found.copied().ok_or_else(|| "no such mutant; `vmmu mutants` names them".to_owned())
 }
 
+fn scenario(name: &str) -> Result<Scenario, String> {
+    let found = Scenario::ALL.iter().find(|scenario| scenario.name() == name);
+    found.copied().ok_or_else(|| "no such scenario; `vmmu scenarios` names them".to_owned())
+}
+
 impl Options {
     /// What happens without a word: a minute of seeds.
     pub(crate) const fn a_minute() -> Self {
         Self {
             seed: 0,
+            scenario: None,
             seeds: None,
             steps: 1000,
             duration: Some(60),
@@ -92,6 +101,7 @@ impl Options {
     fn case(&self, seed: u64) -> Case {
         Case {
             seed,
+            scenario: self.scenario,
             steps: self.steps,
             without: self.without.clone(),
             vcpus: self.vcpus,

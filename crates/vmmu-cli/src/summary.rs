@@ -64,7 +64,7 @@ impl Totals {
 
 /// The summary that people read.
 pub(crate) fn table(totals: &Totals, elapsed: Duration) -> String {
-    let Accesses { translated, faulted, resumed, devices, read_only, software } = totals.accesses;
+    let Accesses { translated, faulted, resumed, devices, read_only, software, fetched } = totals.accesses;
     let mut text = String::new();
     let mut row = |name: &str, value: String| {
         let _ = writeln!(text, "  {name:<22}{value}");
@@ -76,7 +76,7 @@ pub(crate) fn table(totals: &Totals, elapsed: Duration) -> String {
     );
     row("guest accesses", format!("{translated} reached memory ({} %), {faulted} faulted", totals.hits()));
     row("faults came to", format!("{resumed} resumed, {devices} device, {read_only} read-only"));
-    row("software reads", software.to_string());
+    row("software", format!("{software} reads, {fetched} fetches"));
     let count = |name| totals.counter(name);
     row("pages mapped", format!("{} of 4 KiB, {} of 2 MiB", count("pf_fixed_4k"), count("pf_fixed_2m")));
     row("tables zapped", count("mmu_shadow_zapped").to_string());
@@ -89,7 +89,7 @@ pub(crate) fn table(totals: &Totals, elapsed: Duration) -> String {
 
 /// The summary that programs read.
 pub(crate) fn object(totals: &Totals, elapsed: Duration, failure: Option<(&str, &str)>) -> Value {
-    let Accesses { translated, faulted, resumed, devices, read_only, software } = totals.accesses;
+    let Accesses { translated, faulted, resumed, devices, read_only, software, fetched } = totals.accesses;
     json!({
         "seeds": totals.seeds,
         "steps": totals.steps,
@@ -97,7 +97,7 @@ pub(crate) fn object(totals: &Totals, elapsed: Duration, failure: Option<(&str, 
         "steps_per_second": u64::try_from(totals.rate(elapsed)).unwrap_or(u64::MAX),
         "accesses": {
             "translated": translated, "faulted": faulted, "hit_percent": totals.hits(),
-            "resumed": resumed, "devices": devices, "read_only": read_only, "software": software,
+            "resumed": resumed, "devices": devices, "read_only": read_only, "software": software, "fetched": fetched,
         },
         "statistics": totals.counters,
         "violation": failure.map(|(story, replay)| json!({ "story": story, "replay": replay })),

@@ -3,6 +3,7 @@
 //! Each actor is one task: a loop of operations with a boundary between them. Invariant: the model is told of a
 //! change exactly when the library's contract lets it count (see [`crate::world`]).
 
+use crate::fetch;
 use crate::history::{Accesses, Stage};
 use crate::host::POISON;
 use crate::oracle;
@@ -12,20 +13,19 @@ use crate::world::{Page, SimBacking, Slot};
 use std::sync::{Arc, Mutex};
 use vmmu::{
     EntryFlush, Error, Fault, Gfn, GfnRange, Gpa, Level, Outcome, PageSize, Pfn, Region, RegionFlags,
-    SlotError, SlotId, Vcpu,
+    ResolveError, SlotError, SlotId, Vcpu,
 };
 use vmmu_machine::{AccessKind, NestedTables, NptContext, PhysicalTag, Registers, TlbControl};
 
 /// Guest frames that histories use, in 2 MiB blocks far apart, so that tables come and go.
 const PLACES: [u64; 6] = [0, 512, 1024, 1 << 18, (1 << 18) + 512, 1 << 27];
-const SLOTS: u16 = 4;
 
 /// A guest frame: mostly one of few in a slot, as guests know their memory; now and then any.
 fn some_gfn(stage: &Stage, random: &mut Random) -> u64 {
     let within = if random.one_in(12) { random.below(520) } else { random.below(6) };
     let world = stage.world.borrow();
     if world.slots.is_empty() || random.one_in(stage.rates.devices) {
-        return random.pick(&PLACES) + within;
+        return random.pick(&PLACES[..stage.rates.places]) + within;
     }
     let slot = &world.slots[random.below(world.slots.len() as u64) as usize];
     slot.gfn + within.min(slot.pages - 1)
@@ -35,7 +35,7 @@ fn some_gfn(stage: &Stage, random: &mut Random) -> u64 {
 pub(crate) fn vcpu(stage: &Stage, mut random: Random) {
     let Ok(mut vcpu) = stage.vm.vcpu() else { return };
     let who = format!("vcpu {}", vcpu.id().number());
-    let mut last = 0;
+    let mut last = None;
     while stage.step() {
         stage.boundary();
         match vcpu.prepare() {
@@ -43,10 +43,14 @@ pub(crate) fn vcpu(stage: &Stage, mut random: Random) {
             Err(Error::OutOfMemory) => continue,
             Err(error) => return stage.violate(Violation::new(format!("{who}: prepare: {error}"))),
         }
-        if random.one_in(stage.rates.software) {
+        if random.one_in(stage.rates.fetches) {
+            fetch::fetch(stage, &mut vcpu, &who, &mut random);
+        } else if random.one_in(stage.rates.software) {
             software(stage, &mut vcpu, &who, &mut random);
-        } else if let Some(fault) = guest(stage, &mut vcpu, &who, &mut random, &mut last) {
-            handle(stage, &mut vcpu, &who, fault);
+        } else if let Some(fault) = guest(stage, &mut vcpu, &who, &mut random, &mut last)
+            && !handle(stage, &mut vcpu, &who, fault)
+        {
+            last = None;
         }
     }
 }
@@ -57,7 +61,7 @@ fn guest(
     vcpu: &mut Vcpu<crate::host::SimHost>,
     who: &str,
     random: &mut Random,
-    last: &mut u64,
+    last: &mut Option<u64>,
 ) -> Option<Fault> {
     let id = vcpu.id();
     // Between the preparation and the entry there is time.
@@ -68,8 +72,9 @@ fn guest(
     let physical = &stage.processors[number];
     // Somebody else is there.
     let mut tags = physical.tags.try_borrow_mut().ok()?;
-    let entry = vcpu.enter(&mut tags).ok()?;
+    // A kick from here on ends the run, however early it comes.
     stage.host.take_kick(id);
+    let entry = vcpu.enter(&mut tags).ok()?;
     if random.one_in(stage.rates.dropped) {
         stage.tell(who, || "its entry is dropped".to_owned());
         return None;
@@ -87,7 +92,7 @@ fn guest(
         let _ = vcpu.prepare();
         return None;
     }
-    let accesses = 1 + random.below(stage.rates.accesses);
+    let accesses = if stage.rates.patient { u64::MAX } else { 1 + random.below(stage.rates.accesses) };
     let fault = run(stage, number, &entry, who, id, random, last, accesses);
     entry.ran();
     fault
@@ -102,7 +107,7 @@ fn run(
     who: &str,
     id: vmmu::VcpuId,
     random: &mut Random,
-    last: &mut u64,
+    last: &mut Option<u64>,
     accesses: u64,
 ) -> Option<Fault> {
     let model = &stage.processors[number].model;
@@ -121,6 +126,10 @@ fn run(
         }),
     };
     stage.tell(who, || format!("enters on processor {number}: tag {}, {:?}", entry.tag(), entry.flush()));
+    // Between the entry and the guest's first instruction, too.
+    for _ in 0..random.below(3) {
+        stage.baton.pause();
+    }
     // Entering a guest serialises: whatever the task stored is visible.
     vmmu::instrument::drain(vmmu::instrument::Scheduler::task(&*stage.baton));
     if let Err(refused) = model.borrow_mut().enter(context) {
@@ -135,12 +144,13 @@ fn run(
     }
     let mut fault = None;
     for _ in 0..accesses {
-        if stage.host.take_kick(id) || !stage.step() {
+        if stage.host.take_kick(id) || stage.rest.get() || !stage.step() {
             break;
         }
         // Places are visited again soon, so that what is cached is used.
-        let gfn = if random.one_in(2) { *last } else { some_gfn(stage, random) };
-        *last = gfn;
+        let gfn =
+            last.filter(|_| !random.one_in(stage.rates.away)).unwrap_or_else(|| some_gfn(stage, random));
+        *last = Some(gfn);
         let kind = random.pick(&[AccessKind::Read, AccessKind::Write, AccessKind::Fetch]);
         let gpa = vmmu_machine::Gpa::new(gfn << 12);
         let seed = random.bits();
@@ -156,7 +166,15 @@ fn run(
         }
         let outcomes = processor.access_physical(&stage.memory, gpa, kind);
         let mut counted = stage.accesses.get();
-        match outcomes.choose(&mut processor, &stage.memory, seed) {
+        // A patient guest uses what its processor remembers as long as it can.
+        let translated =
+            |outcome: &&vmmu_machine::Outcome| matches!(outcome, vmmu_machine::Outcome::Translated(_));
+        let kept = outcomes.iter().find(translated).filter(|_| stage.rates.patient).copied();
+        let came_to = match kept {
+            Some(outcome) => outcomes.choose_this(&mut processor, &stage.memory, &outcome, seed),
+            None => outcomes.choose(&mut processor, &stage.memory, seed),
+        };
+        match came_to {
             Ok(vmmu_machine::Outcome::Translated(_)) => counted.translated += 1,
             Ok(vmmu_machine::Outcome::NestedPageFault(npf)) => {
                 counted.faulted += 1;
@@ -179,20 +197,23 @@ fn run(
     fault
 }
 
-/// Takes a fault to the library, and judges the answer.
-fn handle(stage: &Stage, vcpu: &mut Vcpu<crate::host::SimHost>, who: &str, fault: Fault) {
+/// Takes a fault to the library, and judges the answer; says whether there is memory.
+fn handle(stage: &Stage, vcpu: &mut Vcpu<crate::host::SimHost>, who: &str, fault: Fault) -> bool {
     let gfn = fault.gpa().gfn().raw();
     let settled = |present: bool| {
         let world = stage.world.borrow();
         let all = world.at(gfn).all(|slot| slot.settled);
-        (all && world.at(gfn).any(|_| true) == present, world.changes)
+        (all && world.at(gfn).any(|_| true) == present, (world.changes, world.openings))
     };
     let (there, _) = settled(true);
-    let (gone, before) = settled(false);
+    let (gone, (before, openings)) = settled(false);
     let outcome = match vcpu.handle_fault(fault) {
         Ok(outcome) => outcome,
-        Err(Error::OutOfMemory) => return,
-        Err(error) => return stage.violate(Violation::new(format!("{who}: fault at {gfn:#x}: {error}"))),
+        Err(Error::OutOfMemory) => return true,
+        Err(error) => {
+            stage.violate(Violation::new(format!("{who}: fault at {gfn:#x}: {error}")));
+            return false;
+        }
     };
     let mut counted = stage.accesses.get();
     match outcome {
@@ -204,6 +225,10 @@ fn handle(stage: &Stage, vcpu: &mut Vcpu<crate::host::SimHost>, who: &str, fault
     stage.accesses.set(counted);
     let unchanged = stage.world.borrow().changes == before;
     let wrong = match outcome {
+        Outcome::MemoryFault(_) => {
+            let world = stage.world.borrow();
+            unchanged && world.openings == openings && !world.may_be_absent(gfn)
+        }
         Outcome::Resume => false,
         Outcome::Mmio(_) => there && unchanged,
         Outcome::ReadOnlyWrite(_) => {
@@ -216,12 +241,15 @@ fn handle(stage: &Stage, vcpu: &mut Vcpu<crate::host::SimHost>, who: &str, fault
     if wrong {
         stage.violate(Violation::new(format!("{who}: a fault at {gfn:#x} came to {outcome:?}")));
     }
+    outcome == Outcome::Resume
 }
 
 /// Reads and writes by software: never a frame that was given back.
 fn software(stage: &Stage, vcpu: &mut Vcpu<crate::host::SimHost>, who: &str, random: &mut Random) {
     let gfn = some_gfn(stage, random);
     let mut word = [0; 8];
+    let moment = |stage: &Stage| (stage.world.borrow().changes, stage.world.borrow().openings);
+    let before = moment(stage);
     stage.tell(who, || format!("reads {gfn:#x} by software"));
     match vcpu.read(Gpa::new(gfn << 12), &mut word) {
         Ok(()) => {
@@ -234,6 +262,8 @@ fn software(stage: &Stage, vcpu: &mut Vcpu<crate::host::SimHost>, who: &str, ran
             }
         }
         Err(Error::NoSlot { .. } | Error::OutOfMemory) => {}
+        Err(Error::Backing { why: ResolveError::Unbacked, .. })
+            if before != moment(stage) || stage.world.borrow().may_be_absent(gfn) => {}
         Err(error) => stage.violate(Violation::new(format!("{who}: reading {gfn:#x}: {error}"))),
     }
 }
@@ -246,9 +276,9 @@ fn mark(backing: u64, page: u64) -> u64 {
 /// Fresh pages for a 2 MiB block of a slot, or for the part of it that the slot has.
 fn fresh(stage: &Stage, random: &mut Random, id: u64, gfn: u64, pages: std::ops::Range<u64>) -> Vec<Page> {
     let whole = (gfn + pages.start).is_multiple_of(512) && pages.end - pages.start == 512;
-    let large = whole && random.one_in(2);
-    let writable = !random.one_in(10);
-    let slow = random.one_in(4);
+    let large = whole && random.one_in(stage.rates.large);
+    let writable = !random.one_in(stage.rates.read_only);
+    let slow = random.one_in(stage.rates.slow);
     let mut world = stage.world.borrow_mut();
     let run = if large { world.frames(512) } else { 0 };
     pages
@@ -256,9 +286,9 @@ fn fresh(stage: &Stage, random: &mut Random, id: u64, gfn: u64, pages: std::ops:
         .map(|page| {
             let frame = if large { run + page - pages.start } else { world.frames(1) };
             let pfn = Pfn::new(frame);
-            stage.host.fill(pfn, mark(id, page));
+            stage.host.fill(pfn, fetch::table(gfn, page).unwrap_or_else(|| mark(id, page)));
             let size = if large { PageSize::Size2M } else { PageSize::Size4K };
-            Page { pfn, size, writable, slow }
+            Page { pfn, size, writable, slow, absent: false }
         })
         .collect()
 }
@@ -295,67 +325,116 @@ pub(crate) fn mover(stage: &Stage, mut random: Random) {
                 n => world.slots[random.below(n as u64) as usize].clone(),
             }
         };
-        let page = random.below(slot.pages);
+        let idle = random.one_in(stage.rates.idle);
+        // Half of the time where guests are most of the time.
+        let page = if random.one_in(2) { random.below(slot.pages.min(6)) } else { random.below(slot.pages) };
         let block = GfnRange::block(Gfn::new(slot.gfn + page), Level::L2)
             .intersect(GfnRange::with_len(Gfn::new(slot.gfn), slot.pages).unwrap_or(GfnRange::EMPTY));
         let inside = block.start().raw() - slot.gfn..block.end().raw() - slot.gfn;
-        // A large page goes whole, wherever a move of the slot has put it; of others sometimes one alone.
+        // A large page goes whole, wherever a move of the slot has put it, or one page of it, and the others become
+        // small where they are; of small ones sometimes one alone.
         let Some(found) = slot.backing.pages.lock().expect("one thread").get(page as usize).copied() else {
             continue;
         };
         let large = found.size == PageSize::Size2M;
-        let pages = if large {
-            let first = page - found.pfn.raw() % 512;
-            first..first + 512
-        } else if random.one_in(3) {
-            inside
-        } else {
-            page..page + 1
+        let first = page - page.min(found.pfn.raw() % 512);
+        let split = large && !idle && random.one_in(stage.rates.splits);
+        let pages = match (large, split) {
+            (true, false) if !idle => first..first + 512,
+            (false, _) if random.one_in(3) => inside,
+            _ => page..page + 1,
         };
         let Some(range) = GfnRange::new(Gfn::new(slot.gfn + pages.start), Gfn::new(slot.gfn + pages.end))
         else {
             continue;
         };
         stage.tell("mover", || format!("invalidates {range:?}"));
+        let began = stage.steps.get();
         let guard = match stage.vm.invalidate(range) {
             Ok(guard) => guard,
             Err(error) => return stage.violate(Violation::new(format!("invalidate: {error}"))),
         };
-        // Nobody uses the old frames from here on. Another mover may have been there first, or the slot gone.
-        let changed = {
-            let mut held = slot.backing.pages.lock().expect("one thread");
-            let span = held.get_mut(pages.start as usize..pages.end as usize).unwrap_or(&mut []);
-            let first = span.first().copied();
-            let same = span.iter().all(|p| (p.size == PageSize::Size2M) == large)
-                && (!large || first.is_some_and(|p| p.pfn.raw() % 512 == 0));
-            // The range was that of the slot's place then; it must be its only place now.
-            let places = |world: &crate::world::World| {
-                let mine = |s: &&Slot| Arc::ptr_eq(&s.backing, &slot.backing);
-                world.slots.iter().filter(mine).all(|s| s.gfn == slot.gfn)
-                    && world.slots.iter().any(|s| mine(&s))
-            };
-            if first.is_some() && same && places(&stage.world.borrow()) {
-                let old = span.to_vec();
-                let new = fresh(stage, &mut random, slot.backing.id, slot.gfn, pages.clone());
-                for (old, new) in old.iter().zip(&new) {
-                    stage.host.copy(old.pfn, new.pfn);
-                }
-                span.copy_from_slice(&new);
-                drop(held);
-                // The right to write may be another.
-                stage.world.borrow_mut().changes += 1;
-                Some(old)
-            } else {
-                None
+        stage.returned("invalidate", began);
+        stage.world.borrow_mut().opened(range);
+        let pause = |random: &mut Random, most| (0..random.below(most)).for_each(|_| stage.baton.pause());
+        if idle {
+            pause(&mut random, 40);
+        } else {
+            let gone = random.one_in(2);
+            if gone {
+                absent(stage, &slot, pages.clone(), true);
             }
-        };
-        if let Some(old) = changed {
-            take_back(stage, &old);
-            stage.tell("mover", || format!("moved {range:?}"));
+            pause(&mut random, 6);
+            let whole = split.then_some(first..first + 512);
+            if let Some(old) = replace(stage, &mut random, &slot, pages.clone(), whole, large) {
+                take_back(stage, &old);
+                stage.tell("mover", || format!("moved {range:?}"));
+            } else if gone {
+                absent(stage, &slot, pages, false);
+            }
         }
+        stage.world.borrow_mut().closes(range);
         stage.baton.pause();
         drop(guard);
     }
+}
+
+/// Takes what is behind `pages` of a slot out of reach, or puts it back.
+fn absent(stage: &Stage, slot: &Slot, pages: std::ops::Range<u64>, absent: bool) {
+    let mut held = slot.backing.pages.lock().expect("one thread");
+    let span = held.get_mut(pages.start as usize..pages.end as usize).unwrap_or(&mut []);
+    for page in span {
+        page.absent = absent;
+    }
+    stage.world.borrow_mut().openings += 1;
+}
+
+/// Puts other frames behind `pages` of a slot, which are invalidated, and returns the old ones; `None` where another
+/// mover was there first, or the slot is gone. Where one page is split off a large one, `whole` is the large one.
+fn replace(
+    stage: &Stage,
+    random: &mut Random,
+    slot: &Slot,
+    pages: std::ops::Range<u64>,
+    whole: Option<std::ops::Range<u64>>,
+    large: bool,
+) -> Option<Vec<Page>> {
+    let mut held = slot.backing.pages.lock().expect("one thread");
+    if let Some(whole) = whole {
+        let block = held.get_mut(whole.start as usize..whole.end as usize)?;
+        if block.iter().any(|p| p.size != PageSize::Size2M) || block[0].pfn.raw() % 512 != 0 {
+            return None;
+        }
+    }
+    let span = held.get_mut(pages.start as usize..pages.end as usize)?;
+    let first = *span.first()?;
+    let as_was = span.iter().all(|p| (p.size == PageSize::Size2M) == large)
+        && (!large || span.len() == 1 || first.pfn.raw() % 512 == 0);
+    // The range was that of the slot's place then; it must be its only place now.
+    let stays = {
+        let world = stage.world.borrow();
+        let mut places = world.slots.iter().filter(|s| Arc::ptr_eq(&s.backing, &slot.backing)).peekable();
+        places.peek().is_some() && places.all(|s| s.gfn == slot.gfn)
+    };
+    if !as_was || !stays {
+        return None;
+    }
+    let mut old = span.to_vec();
+    let new = fresh(stage, random, slot.backing.id, slot.gfn, pages.clone());
+    for (old, new) in old.iter().zip(&new) {
+        stage.host.copy(old.pfn, new.pfn);
+    }
+    span.copy_from_slice(&new);
+    if large && pages.end - pages.start == 1 {
+        // Its neighbours stay where they are, each for itself; so is the frame that goes.
+        let start = (pages.start - first.pfn.raw() % 512) as usize;
+        held[start..start + 512].iter_mut().for_each(|page| page.size = PageSize::Size4K);
+        old[0].size = PageSize::Size4K;
+    }
+    drop(held);
+    // The right to write may be another.
+    stage.world.borrow_mut().changes += 1;
+    Some(old)
 }
 
 /// Makes, moves and deletes slots.
@@ -363,7 +442,7 @@ pub(crate) fn slots(stage: &Stage, mut random: Random) {
     let mut backings = 0;
     while !stage.over() {
         stage.boundary();
-        let id = random.below(u64::from(SLOTS)) as u16;
+        let id = random.below(u64::from(stage.rates.slots)) as u16;
         let existing = stage.world.borrow().slots.iter().position(|s| s.id == id);
         if existing.is_some() && !random.one_in(stage.rates.slot_changes) || !stage.begin(&mut random) {
             continue;
@@ -380,10 +459,10 @@ pub(crate) fn slots(stage: &Stage, mut random: Random) {
 }
 
 fn create(stage: &Stage, random: &mut Random, id: u16, backing_id: u64) {
-    let gfn = random.pick(&PLACES) + if random.one_in(4) { 3 } else { 0 };
-    let pages = random.pick(&[4, 6, 512, 520]);
-    let read_only = random.one_in(8);
-    let backing = Arc::new(SimBacking { id: backing_id, pages: Mutex::default() });
+    let gfn = random.pick(&PLACES[..stage.rates.places]) + if random.one_in(4) { 3 } else { 0 };
+    let pages = random.pick(stage.rates.lengths);
+    let read_only = random.one_in(stage.rates.read_only);
+    let backing = Arc::new(SimBacking { id: backing_id, pages: Mutex::default(), delay: stage.rates.delay });
     let mut at = 0;
     while at < pages {
         let next = ((gfn + at) / 512 + 1) * 512 - gfn;
@@ -449,7 +528,7 @@ fn delete(stage: &Stage, at: usize) {
 }
 
 fn relocate(stage: &Stage, random: &mut Random, at: usize) {
-    let gfn = random.pick(&PLACES);
+    let gfn = random.pick(&PLACES[..stage.rates.places]);
     let slot = {
         let mut world = stage.world.borrow_mut();
         world.changes += 1;
@@ -490,6 +569,7 @@ pub(crate) fn zapper(stage: &Stage, mut random: Random) {
         if let Err(error) = stage.vm.zap_all() {
             return stage.violate(Violation::new(format!("zap_all: {error}")));
         }
+        stage.returned("zap_all", before);
         stage.zapped.set(before);
         if let Err(violation) = oracle::zapped(stage) {
             return stage.violate(violation);

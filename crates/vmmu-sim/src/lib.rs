@@ -9,8 +9,10 @@
 //! | room | holds |
 //! |---|---|
 //! | `case` | a history as a line names it; shrinking |
+//! | `scenario` | scenes that bring few rules together often |
 //! | `history` | one seed's run: rates, tasks, rests |
 //! | `actors` | who acts |
+//! | `fetch` | instructions by the guest's own tables |
 //! | `world` | what should be |
 //! | `oracle` | whether it is |
 //! | `tasks` | coroutines, and the scheduler that the library asks |
@@ -21,14 +23,17 @@
 
 mod actors;
 mod case;
+mod fetch;
 mod history;
 mod host;
 mod oracle;
 mod random;
+mod scenario;
 mod story;
 mod tasks;
 mod world;
 
 pub use case::{Case, Part};
 pub use history::{Accesses, Ended, Rates, run};
+pub use scenario::Scenario;
 pub use vmmu::mutants::{Mutant, activate};

@@ -105,8 +105,8 @@ pub(crate) fn task() -> usize {
     scheduler(|s| s.task()).unwrap_or(0)
 }
 
-/// Before an access.
-pub(crate) fn step() {
+/// Before an access; hosts may call it where theirs take time.
+pub fn step() {
     scheduler(|s| {
         s.step();
         while let Some(task) = s.drain() {

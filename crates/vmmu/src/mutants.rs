@@ -110,6 +110,8 @@ mutants! {
     NoRootRecheck,
     /// T71, PROTOCOLS 5: the slot generation is not rechecked.
     NoSlotRecheck,
+    /// T71, M71: an answer that maps nothing is not rechecked.
+    RefusalNoRecheck,
     /// M72: the sequence is snapshot after the page was resolved.
     SnapshotAfterResolve,
     /// PROTOCOLS 4: software uses a frame without the recheck.

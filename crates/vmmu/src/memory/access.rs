@@ -26,6 +26,9 @@ impl<'s> GuestPage<'s> {
     /// `at` must be what [`crate::Host::frame_ptr`] gave for a frame that the VM owned when `section`, already
     /// announced, was rechecked.
     pub(crate) unsafe fn new(at: NonNull<u8>, _section: &'s Walking<'_>) -> Self {
+        // Between the recheck and the access there is time.
+        #[cfg(feature = "instrument")]
+        crate::instrument::step();
         Self { at, _section: PhantomData }
     }
 

@@ -17,7 +17,7 @@ use crate::memory::slot::Slot;
 use crate::memory::slots::SlotGeneration;
 use crate::mutants::Mutant::{
     ChangingIgnored, MmioEntryFirst, MmioHitInProgress, MmioStoredInProgress, NoRangeRecheck, NoRootRecheck,
-    NoSlotRecheck, PageOnlyRecheck, SnapshotAfterResolve,
+    NoSlotRecheck, PageOnlyRecheck, RefusalNoRecheck, SnapshotAfterResolve,
 };
 use crate::mutants::mutant;
 use crate::tdp::map::{Mapped, MmioMapped, Position, Wanted};
@@ -240,6 +240,7 @@ impl<H: Host> Vcpu<H> {
         let stands = |basis: Basis| {
             inner.sequence.is_current(GfnRange::block(gfn, Level::L1), basis.snapshot)
                 && inner.slots.read(self.space, &section).generation() == basis.generation
+                || mutant(RefusalNoRecheck)
         };
         let (resolved, basis) = match answer {
             // An answer for another set is stale; one from before an end is refused by the recheck below.
