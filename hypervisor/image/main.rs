@@ -8,12 +8,13 @@
 //!
 //! The command line holds words of these, see [`hypervisor::options`]: `mode=npt`,
 //! `layout=scattered|contiguous`, `seed=N`, `memory=N[K|M|G]`, `levels=4`, `no-next-rip`,
-//! `no-decode-assists`, `no-flush-by-asid`.
+//! `no-decode-assists`, `no-flush-by-asid`, `churn=N`, `churn-fault=skip|early-copy`.
 #![no_std]
 #![no_main]
 
 extern crate alloc;
 
+mod churn;
 mod guest;
 mod machine;
 mod memory;
@@ -22,6 +23,7 @@ mod svm;
 
 use alloc::sync::Arc;
 use alloc::vec::Vec;
+use churn::{Churn, Motion};
 use core::convert::Infallible;
 use core::ops::Range;
 use core::panic::PanicInfo;
@@ -36,16 +38,21 @@ use hypervisor::guest_image::{Entry, Files, Image};
 use hypervisor::guest_map::GuestMap;
 use hypervisor::layout::{self, Placed};
 use hypervisor::memory_map::{Kind, MemoryMap, Physical, subtract};
+use hypervisor::moving::MovingFrames;
 use hypervisor::options::Options;
 use hypervisor::registers::cr4;
+use machine::hpet::Hpet;
 use machine::physical::IdentityMapped;
 use machine::{cpu, descriptors, heap, paging, serial};
-use memory::{MachineHost, Memory, WholeBlocks};
+use memory::{MachineHost, Memory, Moving, WholeBlocks};
 use report::{Setting, say};
 use svm::processor::Processor;
 use svm::run::Machine;
+use svm::ticks::Ticks;
 use vmmu::addr::PAGE_BYTES;
-use vmmu::{Config, Contiguous, Gfn, Pfn, PhysCpu, Region, RegionFlags, SlotId, TableFormat, TagSet, Vm};
+use vmmu::{
+    Backing, Config, Contiguous, Gfn, Pfn, PhysCpu, Region, RegionFlags, SlotId, TableFormat, TagSet, Vm,
+};
 
 /// Memory below this is firmware's and the loader's; nothing of ours or the guest's is taken from it.
 const LOW: u64 = 1 << 20;
@@ -69,6 +76,9 @@ fn run(magic: u32, information: u64) -> Result<Infallible, End> {
     let physical = unsafe { IdentityMapped::below(BOOT_MAPPED) };
     let boot = BootInfo::read(magic, information, &physical).map_err(End::error)?;
     let options = Options::parse(&boot.line).map_err(End::error)?;
+    if options.churn_fault.is_some() && !churn::MISTAKES {
+        return Err(End::error("this image is built without the mistakes of `churn-fault`"));
+    }
     let levels = if cpu::cr4() & cr4::LA57 != 0 { 5 } else { 4 };
     let acpi = Acpi::find(&physical);
     if acpi.processors > 1 {
@@ -78,9 +88,12 @@ fn run(magic: u32, information: u64) -> Result<Infallible, End> {
         )));
     }
 
-    let guest_map = GuestMap::plan(&boot.map, options.memory).map_err(End::error)?;
+    // What firmware says of it must not be taken for more than it can be.
+    let timer = acpi.hpet.filter(|&at| !boot.map.touches_ram(&(at..at.saturating_add(PAGE_BYTES))));
+    let guest_map = GuestMap::plan(&boot.map, options.memory, timer).map_err(End::error)?;
     let mut free = free_frames(&boot);
     let mapped = paging::load(&mut free, boot.map.ram_end(), levels).map_err(End::error)?;
+    let timer = timer.filter(|&at| at < mapped);
     grow_heap(&mut free, options.memory)?;
     let capabilities = svm::enable(&options).map_err(End::error)?;
     enable_extended_state();
@@ -99,7 +112,7 @@ fn run(magic: u32, information: u64) -> Result<Infallible, End> {
     let format = if levels == 5 { TableFormat::Npt5 } else { TableFormat::Npt4 };
     let config = Config::new(format, capabilities.physical_bits);
     let vm = Vm::new(MachineHost(memory.clone()), config).map_err(End::error)?;
-    let region = plan.install(&vm, &guest_map).map_err(End::error)?;
+    let (region, motion) = plan.install(&vm, &guest_map).map_err(End::error)?;
     load::load(&vm, &image).map_err(End::error)?;
     let Image { kind: guest, entry, .. } = image;
     // Nothing reads the modules any more.
@@ -118,6 +131,12 @@ fn run(magic: u32, information: u64) -> Result<Infallible, End> {
         Devices::new(boot.map, mapped),
         Services::new(vm.clone(), options.memory, region, set_up),
     );
+    if let Some((rate, motion)) = options.churn.zip(motion) {
+        // SAFETY: the guest has nothing at the timer's page, so it is the hypervisor's; the NMI's handler does
+        // nothing and comes back; the machine has one processor.
+        let clock = unsafe { Hpet::start(timer, churn::TICK) }.map_err(End::error)?;
+        machine.tick(Ticks::new(Churn::new(vm.clone(), motion, rate, options.churn_fault, clock)));
+    }
     let end = machine.run();
     let ram = guest_map.ram.iter().map(|range| range.start / PAGE_BYTES..range.end / PAGE_BYTES);
     let setting = Setting { options: &options, levels, guest, ram: &ram.collect::<Vec<_>>() };
@@ -195,9 +214,14 @@ fn readable(map: &MemoryMap) -> Vec<Range<u64>> {
     ranges
 }
 
+/// The test region's slot with the blocks behind it, and what moves, where there are such.
+type Installed = (Option<(SlotId, Vec<u64>)>, Option<Motion>);
+
 /// Which frames stand behind the guest's RAM.
 struct MemoryPlan {
     placed: Vec<Placed>,
+    /// The same frames where they move, part by part, and how.
+    moving: Option<(Vec<Arc<MovingFrames>>, Motion)>,
     /// Whole blocks behind the payload's test region, where a guest can use it.
     region: Option<Vec<u64>>,
 }
@@ -218,15 +242,17 @@ impl MemoryPlan {
             .map_err(End::error)?;
         let ram: Vec<Range<u64>> = map.ram.iter().flat_map(|range| subtract(range.clone(), holes)).collect();
         let placed = layout::place(kind, seed, &ram, free).map_err(End::error)?;
-        Ok(Self { placed, region })
+        let moving = options.churn.map(|_| {
+            let ranges: Vec<_> = placed.iter().map(|part| Arc::new(MovingFrames::new(part))).collect();
+            let motion = Motion::new(ranges.clone(), seed, free);
+            (ranges, motion)
+        });
+        Ok(Self { placed, moving, region })
     }
 
-    /// Makes the slots: RAM, firmware's ranges, the test region; returns the latter.
-    fn install(
-        self,
-        vm: &Vm<MachineHost>,
-        map: &GuestMap,
-    ) -> Result<Option<(SlotId, Vec<u64>)>, vmmu::Error> {
+    /// Makes the slots: RAM, firmware's ranges, the page of a device that is not there, the test region; returns
+    /// the latter, and what moves.
+    fn install(self, vm: &Vm<MachineHost>, map: &GuestMap) -> Result<Installed, vmmu::Error> {
         let mut slots = 0;
         let mut add = |region: Region| -> Result<SlotId, vmmu::Error> {
             let id = SlotId::new(slots);
@@ -234,9 +260,14 @@ impl MemoryPlan {
             vm.set_region(id, region)?;
             Ok(id)
         };
-        for placed in &self.placed {
+        let (ranges, motion) = self.moving.unzip();
+        for (index, placed) in self.placed.iter().enumerate() {
             let (gfn, pages) = (Gfn::new(placed.gfns.start), placed.gfns.end - placed.gfns.start);
-            add(Region::new(gfn, pages, memory::backing(&placed.frames, pages)))?;
+            let backing: Arc<dyn Backing> = match &ranges {
+                Some(ranges) => Arc::new(Moving(ranges[index].clone())),
+                None => memory::backing(&placed.frames, pages),
+            };
+            add(Region::new(gfn, pages, backing))?;
         }
         for identity in &map.identity {
             let first = identity.range.start / PAGE_BYTES;
@@ -247,10 +278,14 @@ impl MemoryPlan {
             let backing = Arc::new(unsafe { Contiguous::new(Pfn::new(first), pages) });
             add(Region::new(Gfn::new(first), pages, backing).flags(flags))?;
         }
-        let Some(blocks) = self.region else { return Ok(None) };
+        if let Some(page) = &map.absent {
+            let gfn = Gfn::new(page.start / PAGE_BYTES);
+            add(Region::new(gfn, 1, memory::absent_device()).flags(RegionFlags::READ_ONLY))?;
+        }
+        let Some(blocks) = self.region else { return Ok((None, motion)) };
         let (gfn, pages) = (Gfn::new(REGION.start / PAGE_BYTES), (REGION.end - REGION.start) / PAGE_BYTES);
         let id = add(Region::new(gfn, pages, Arc::new(WholeBlocks(blocks.clone()))))?;
-        Ok(Some((id, blocks)))
+        Ok((Some((id, blocks)), motion))
     }
 }
 

@@ -11,6 +11,7 @@ use core::ops::Range;
 use core::ptr::NonNull;
 use hypervisor::frame_map::FrameMap;
 use hypervisor::layout::{Block, Frames};
+use hypervisor::moving::MovingFrames;
 use vmmu::addr::PAGE_BYTES;
 use vmmu::{
     Backing, Contiguous, Host, Hpa, PageSize, Pfn, ResolveError, ResolveRequest, Resolved, Scattered, VcpuId,
@@ -90,6 +91,34 @@ pub(crate) fn backing(frames: &Frames, pages: u64) -> Arc<dyn Backing> {
             Arc::new(unsafe { builder.build() })
         }
     }
+}
+
+/// A backing whose frames change, under invalidations (see [`crate::churn`]).
+pub(crate) struct Moving(pub(crate) Arc<MovingFrames>);
+
+// SAFETY: the frames belong to the guest, or wait to; a whole block is 512 consecutive frames, aligned on both sides.
+// Who changes an answer invalidates its page first, unless it was told to make a mistake.
+unsafe impl Backing for Moving {
+    #[inline]
+    fn resolve(&self, page: u64, _: ResolveRequest) -> Result<Resolved, ResolveError> {
+        let (frame, whole) = self.0.frame(page).ok_or(ResolveError::Unbacked)?;
+        let size = if whole { PageSize::Size2M } else { PageSize::Size4K };
+        Ok(Resolved::new(Pfn::new(frame), size, true))
+    }
+}
+
+/// A page of zeros that everybody may read and nobody writes.
+#[repr(C, align(4096))]
+struct Zeros([u8; 4096]);
+
+static ZEROS: Zeros = Zeros([0; 4096]);
+
+/// What stands behind the page of a device that is not there: zeros, to be mapped read-only.
+pub(crate) fn absent_device() -> Arc<dyn Backing> {
+    let at = Hpa::new(core::ptr::from_ref(&ZEROS) as u64);
+    // SAFETY: a page of the image that holds nothing but zeros and lives as long as it; the backing lets nobody
+    // write.
+    Arc::new(unsafe { Contiguous::new(at.pfn(), 1) }.read_only())
 }
 
 /// A backing of whole 2 MiB blocks in any order; the values are their first frames.

@@ -10,6 +10,7 @@ use crate::machine::serial::Serial;
 use crate::machine::{cpu, port};
 use crate::memory::MachineHost;
 use crate::svm::run::{Account, Machine};
+use crate::svm::ticks::Ticks;
 use crate::svm::vmcb::{Segment, exit};
 use core::fmt::{self, Arguments, Write};
 use hypervisor::options::{LayoutKind, Options};
@@ -47,20 +48,24 @@ pub(crate) fn guest_text(text: &[u8]) {
 }
 
 /// Says where the run's state lies, host-physical, for whoever looks at the machine from outside: `@state`, one
-/// JSON object. `nmi` tells that an NMI ends the run with its record.
-pub(crate) fn state(addresses: &[(&str, u64)]) {
+/// JSON object. `nmi` tells that an NMI ends the run with its record; `ask` is the port in which a question mark must
+/// be for that, where one must.
+pub(crate) fn state(addresses: &[(&str, u64)], ask: Option<u16>) {
     let mut out = Serial;
     let _ = write!(out, "@state ");
-    let _ = state_record(&mut out, addresses);
+    let _ = state_record(&mut out, addresses, ask);
     let _ = writeln!(out);
 }
 
-fn state_record(out: &mut Serial, addresses: &[(&str, u64)]) -> fmt::Result {
+fn state_record(out: &mut Serial, addresses: &[(&str, u64)], ask: Option<u16>) -> fmt::Result {
     let mut state = Json::object(out)?;
     for &(name, address) in addresses {
         state.hex(name, address)?;
     }
     state.truth("nmi", true)?;
+    if let Some(port) = ask {
+        state.hex("ask", port.into())?;
+    }
     state.end()
 }
 
@@ -141,6 +146,9 @@ fn record(
     record.number("tsc_guest", inside)?;
     record.number("tsc_hypervisor", outside)?;
     exits(&mut record, account)?;
+    if let Some(ticks) = &machine.ticks {
+        churn(&mut record, ticks)?;
+    }
     memory(&mut record, vm, setting)?;
     if *end != End::Value(0) {
         registers(&mut record, machine)?;
@@ -157,6 +165,23 @@ fn exits(record: &mut Json<'_, Serial>, account: &Account) -> fmt::Result {
         exits.number(name, count)?;
     }
     exits.end()
+}
+
+/// How far the guest's memory moved. `wanted` and `reached` are moves a second.
+fn churn(record: &mut Json<'_, Serial>, ticks: &Ticks) -> fmt::Result {
+    let (pace, now) = ticks.churn.pace();
+    let counts = ticks.churn.counts();
+    let mut churn = record.nested("churn")?;
+    churn.number("wanted", pace.wanted())?;
+    churn.number("reached", pace.reached(now))?;
+    churn.number("moves", pace.done())?;
+    churn.number("micros", pace.micros(now))?;
+    churn.number("pages", counts.pages)?;
+    churn.number("blocks", counts.blocks)?;
+    churn.number("broken_up", counts.broken_up)?;
+    churn.number("mistakes", counts.mistakes)?;
+    churn.number("ticks", ticks.count)?;
+    churn.end()
 }
 
 /// What the library counted, what is mapped, and whether all of it is sound.

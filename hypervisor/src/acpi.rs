@@ -1,5 +1,5 @@
 //! The few words of ACPI that a hypervisor must know: where its guest would put the machine to sleep or reset
-//! it, and how many processors there are.
+//! it, how many processors there are, and where a timer is.
 //!
 //! The tables stay the guest's; this only reads them (ACPI specification, sections 5.2.5 to
 //! 5.2.12). A table with a
@@ -11,6 +11,8 @@ use core::ops::Range;
 
 /// Where firmware puts the root pointer on a PC.
 const SEARCHED: Range<u64> = 0xE_0000..0x10_0000;
+/// Bytes of the event timer's registers, and how they are aligned.
+const HPET_REGISTERS: u64 = 1024;
 /// Tables longer than this are not read.
 const LONGEST: u32 = 1 << 20;
 
@@ -25,6 +27,8 @@ pub struct Acpi {
     pub reset: Option<(u16, u8)>,
     /// Processors that are there and enabled; 0 where the tables do not say.
     pub processors: u32,
+    /// The registers of the high precision event timer (HPET), host-physical.
+    pub hpet: Option<u64>,
 }
 
 /// The `len` bytes at `at` if they add up to zero.
@@ -44,7 +48,7 @@ fn table(memory: &impl Physical, at: u64) -> Option<&[u8]> {
 }
 
 impl Acpi {
-    /// Looks for the root pointer and, behind it, the fixed description table.
+    /// Looks for the root pointer and, behind it, the tables that say the rest.
     pub fn find(memory: &impl Physical) -> Self {
         let Some(rsdp) = SEARCHED.step_by(16).find(|&at| {
             memory.bytes(at, 8).is_some_and(|bytes| bytes == b"RSD PTR ") && sound(memory, at, 20).is_some()
@@ -57,6 +61,11 @@ impl Acpi {
         }
         if let Some(interrupts) = Self::table_named(memory, rsdp, *b"APIC") {
             found.processors = count_processors(interrupts);
+        }
+        if let Some(timer) = Self::table_named(memory, rsdp, *b"HPET") {
+            // A generic address, of which 0 says that it is memory's (HPET specification 1.0a, section 3.2.4).
+            let address = (u8_at(timer, 40) == Some(0)).then(|| u64_at(timer, 44)).flatten();
+            found.hpet = address.filter(|&at| at != 0 && at.is_multiple_of(HPET_REGISTERS));
         }
         found
     }
@@ -138,10 +147,11 @@ mod tests {
         seal(&mut bytes[0x1_0040..0x1_0054], 8);
         let mut root = |at: usize, name: &[u8], width: usize| {
             put(&mut bytes, at, name);
-            put(&mut bytes, at + 4, &u32::try_from(36 + 2 * width).unwrap().to_le_bytes());
+            put(&mut bytes, at + 4, &u32::try_from(36 + 3 * width).unwrap().to_le_bytes());
             put(&mut bytes, at + 36, &0xE_2800u32.to_le_bytes());
             put(&mut bytes, at + 36 + width, &0xE_2000u32.to_le_bytes());
-            seal(&mut bytes[at..at + 36 + 2 * width], 9);
+            put(&mut bytes, at + 36 + 2 * width, &0xE_2C00u32.to_le_bytes());
+            seal(&mut bytes[at..at + 36 + 3 * width], 9);
         };
         root(0x1000, b"RSDT", 4);
         root(0x3000, b"XSDT", 8);
@@ -160,6 +170,10 @@ mod tests {
             }
             seal(&mut bytes[at..at + 244], 9);
         }
+        put(&mut bytes, 0x2C00, b"HPET");
+        put(&mut bytes, 0x2C04, &56u32.to_le_bytes());
+        put(&mut bytes, 0x2C2C, &0xFED0_0000u64.to_le_bytes());
+        seal(&mut bytes[0x2C00..0x2C38], 9);
         Firmware(bytes)
     }
 
@@ -168,6 +182,7 @@ mod tests {
         pm1_control: [Some(0x604), None],
         reset: Some((0xCF9, 0x0F)),
         processors: 2,
+        hpet: Some(0xFED0_0000),
     };
 
     #[test]
@@ -183,6 +198,14 @@ mod tests {
         put(&mut firmware.0, 0x2000 + 176, &0xB004u64.to_le_bytes());
         seal(&mut firmware.0[0x2000..0x2000 + 244], 9);
         assert_eq!(Acpi::find(&firmware).pm1_control, [Some(0xB004), None]);
+    }
+
+    #[test]
+    fn a_timer_that_is_not_memory_is_none() {
+        let mut firmware = firmware(2);
+        put(&mut firmware.0, 0x2C28, &[1]);
+        seal(&mut firmware.0[0x2C00..0x2C38], 9);
+        assert_eq!(Acpi::find(&firmware), Acpi { hpet: None, ..WHOLE });
     }
 
     #[test]

@@ -120,7 +120,7 @@ mod tests {
     #[test]
     fn a_file_that_is_no_kernel_is_named() {
         let machine = MemoryMap::new([MapEntry { range: 0..1 << 30, kind: Kind::Ram }]);
-        let map = GuestMap::plan(&machine, 1 << 29).unwrap();
+        let map = GuestMap::plan(&machine, 1 << 29, None).unwrap();
         for kernel in [&b""[..], b"#!/bin/sh\n", &alloc::vec![0; 70_000]] {
             let files = Files { kernel, line: "", initrd: None };
             assert_eq!(Image::plan(files, &map, None), Err(ImageError::NotAKernel));

@@ -2,9 +2,9 @@
 //!
 //! The guest has RAM only at addresses where the machine has RAM, so no device of the machine is ever hidden
 //! by it. Firmware's ranges are the machine's, shown as they are: the guest finds the same tables at the same
-//! addresses. Which frames stand behind the guest's RAM is decided elsewhere ([`crate::layout`]).
+//! addresses. A device that the hypervisor keeps for itself is not there: its page reads as zeros. Which frames stand behind the guest's RAM is decided elsewhere ([`crate::layout`]).
 
-use crate::memory_map::{Entry, Kind, MemoryMap};
+use crate::memory_map::{Entry, Kind, MemoryMap, subtract};
 use alloc::vec::Vec;
 use core::fmt;
 use core::ops::Range;
@@ -37,6 +37,8 @@ pub struct GuestMap {
     pub ram: Vec<Range<u64>>,
     /// Firmware and interrupt controllers in ascending order, disjoint from each other and from RAM.
     pub identity: Vec<Identity>,
+    /// The page of a device that the guest does not have, although its tables may name it.
+    pub absent: Option<Range<u64>>,
     /// What the guest is told (its e820 map).
     pub map: MemoryMap,
 }
@@ -84,8 +86,9 @@ fn ram_end_from(machine: &MemoryMap, at: u64) -> u64 {
 
 impl GuestMap {
     /// A guest with RAM from 0 to `memory` (bytes, rounded down to pages), less the hole below 1 MiB. What
-    /// would lie at or above the machine's first hole below 4 GiB continues at 4 GiB.
-    pub fn plan(machine: &MemoryMap, memory: u64) -> Result<Self, GuestMapError> {
+    /// would lie at or above the machine's first hole below 4 GiB continues at 4 GiB. `kept` is the address of
+    /// a device that the hypervisor keeps: the guest does not get its page, if it is none of its RAM.
+    pub fn plan(machine: &MemoryMap, memory: u64, kept: Option<u64>) -> Result<Self, GuestMapError> {
         let memory = page_down(memory);
         if memory < SMALLEST {
             return Err(GuestMapError::TooSmall(memory));
@@ -131,7 +134,16 @@ impl GuestMap {
                 _ => identity.push(Identity { range, writable: true }),
             }
         }
-        Ok(Self { ram, identity, map })
+        let absent = kept
+            .map(|at| page_down(at)..page_down(at).saturating_add(PAGE))
+            .filter(|page| !ram.iter().any(|ram| ram.start < page.end && page.start < ram.end));
+        let identity = identity
+            .into_iter()
+            .flat_map(|Identity { range, writable }| {
+                subtract(range, absent.as_slice()).into_iter().map(move |range| Identity { range, writable })
+            })
+            .collect();
+        Ok(Self { ram, identity, absent, map })
     }
 
     /// The end of the RAM that holds `at` (guest-physical); `None` where that is no RAM.
@@ -162,7 +174,7 @@ mod tests {
 
     #[test]
     fn a_small_guest_ends_where_it_was_asked_to() {
-        let guest = GuestMap::plan(&pc(), 1 << 30).unwrap();
+        let guest = GuestMap::plan(&pc(), 1 << 30, None).unwrap();
         assert_eq!(guest.ram, [0..0x9_F000, MIB..1 << 30]);
         let identity: Vec<_> = guest.identity.iter().map(|i| (i.range.clone(), i.writable)).collect();
         assert_eq!(
@@ -181,14 +193,34 @@ mod tests {
         assert_eq!(guest.ram_end(0xB_0000), None);
     }
 
+    /// Firmware may call the registers reserved, on a page of their own or in the middle of a range.
+    #[test]
+    fn a_device_that_is_kept_is_cut_out() {
+        let machine =
+            machine(&[0..0x9_FC00, MIB..1 << 30], &[0xFED0_0000..0xFED0_0400, 0xFEFF_C000..FOUR_GIB]);
+        let cut = |kept| {
+            let guest = GuestMap::plan(&machine, 1 << 29, kept).unwrap();
+            let ranges: Vec<_> = guest.identity.into_iter().map(|identity| identity.range).collect();
+            (guest.absent, ranges)
+        };
+        let (absent, ranges) = cut(Some(0xFED0_0000));
+        assert_eq!(absent, Some(0xFED0_0000..0xFED0_1000));
+        assert!(!ranges.contains(&(0xFED0_0000..0xFED0_1000)));
+        let (absent, ranges) = cut(Some(0xFEFF_E010));
+        assert_eq!(absent, Some(0xFEFF_E000..0xFEFF_F000));
+        assert!(ranges.ends_with(&[0xFEFF_C000..0xFEFF_E000, 0xFEFF_F000..FOUR_GIB]));
+        assert_eq!(cut(Some(0x20_0000)).0, None, "RAM stays RAM");
+        assert!(cut(None).1.contains(&(0xFED0_0000..0xFED0_1000)));
+    }
+
     #[test]
     fn the_rest_continues_above_4_gib() {
-        let guest = GuestMap::plan(&pc(), 0xC000_0000).unwrap();
+        let guest = GuestMap::plan(&pc(), 0xC000_0000, None).unwrap();
         assert_eq!(guest.ram, [0..0x9_F000, MIB..0xBFFE_0000, FOUR_GIB..FOUR_GIB + 0x2_0000]);
         let most = 0xBFFE_0000 + 0x4000_0000;
-        assert!(GuestMap::plan(&pc(), most).is_ok());
+        assert!(GuestMap::plan(&pc(), most, None).is_ok());
         assert_eq!(
-            GuestMap::plan(&pc(), most + PAGE),
+            GuestMap::plan(&pc(), most + PAGE, None),
             Err(GuestMapError::Machine { wanted: most + PAGE, most })
         );
     }
@@ -196,7 +228,7 @@ mod tests {
     #[test]
     fn ram_and_identity_never_meet() {
         for memory in [SMALLEST, 16 * MIB, 0xBFFD_F000, 0xBFFE_1000, 0xC000_0000] {
-            let guest = GuestMap::plan(&pc(), memory).unwrap();
+            let guest = GuestMap::plan(&pc(), memory, None).unwrap();
             let mut all: Vec<_> =
                 guest.identity.iter().map(|i| i.range.clone()).chain(guest.ram.clone()).collect();
             all.sort_unstable_by_key(|range| range.start);
@@ -208,8 +240,11 @@ mod tests {
     #[test]
     #[allow(clippy::single_range_in_vec_init)] // it is one range
     fn too_little_is_named() {
-        assert_eq!(GuestMap::plan(&pc(), MIB), Err(GuestMapError::TooSmall(MIB)));
+        assert_eq!(GuestMap::plan(&pc(), MIB, None), Err(GuestMapError::TooSmall(MIB)));
         let none = machine(&[0..0x9_FC00], &[]);
-        assert_eq!(GuestMap::plan(&none, 1 << 30), Err(GuestMapError::Machine { wanted: 1 << 30, most: 0 }));
+        assert_eq!(
+            GuestMap::plan(&none, 1 << 30, None),
+            Err(GuestMapError::Machine { wanted: 1 << 30, most: 0 })
+        );
     }
 }

@@ -266,7 +266,7 @@ mod tests {
             MapEntry { range: MIB..1 << 30, kind: Kind::Ram },
             MapEntry { range: 1 << 30..(1 << 30) + MIB, kind: Kind::AcpiTables },
         ]);
-        GuestMap::plan(&machine, memory).unwrap()
+        GuestMap::plan(&machine, memory, None).unwrap()
     }
 
     fn kernel() -> Vec<u8> {

@@ -240,7 +240,7 @@ mod tests {
             MapEntry { range: 0..0x9_FC00, kind: Kind::Ram },
             MapEntry { range: MIB..64 * MIB, kind: Kind::Ram },
         ]);
-        GuestMap::plan(&machine, 32 * MIB).unwrap()
+        GuestMap::plan(&machine, 32 * MIB, None).unwrap()
     }
 
     /// A file with 0x40 bytes of something else before the image, whose header lies 8 bytes into it.

@@ -5,6 +5,7 @@
 
 use alloc::string::{String, ToString};
 use core::fmt;
+use core::num::NonZeroU32;
 
 /// How the guest's memory lies in the machine's.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -13,6 +14,15 @@ pub enum LayoutKind {
     Contiguous,
     /// A seeded mix of whole 2 MiB blocks and single pages, none where its guest address says.
     Scattered,
+}
+
+/// A mistake that churn makes on purpose, so that a test can see what becomes of it.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum ChurnFault {
+    /// One page in a hundred moves without an invalidation.
+    Skip,
+    /// The copy is made one exit before the invalidation: what the guest writes in between is lost.
+    EarlyCopy,
 }
 
 /// What the user asked for.
@@ -33,6 +43,10 @@ pub struct Options {
     pub decode_assists: bool,
     /// `no-flush-by-asid`: whole flushes though the processor can flush one tag.
     pub flush_by_asid: bool,
+    /// `churn=N`: how many of the guest's pages move to other frames in a second (default: none do).
+    pub churn: Option<NonZeroU32>,
+    /// `churn-fault=skip|early-copy`: how they move wrongly (default: they do not).
+    pub churn_fault: Option<ChurnFault>,
 }
 
 impl Default for Options {
@@ -45,6 +59,8 @@ impl Default for Options {
             next_rip: true,
             decode_assists: true,
             flush_by_asid: true,
+            churn: None,
+            churn_fault: None,
         }
     }
 }
@@ -57,6 +73,8 @@ pub enum OptionError {
     Unknown(String),
     /// The option is known and its value is not one that it takes.
     Value(String),
+    /// `churn-fault` without `churn`: nothing moves, so nothing could go wrong.
+    NothingMoves,
 }
 
 impl fmt::Display for OptionError {
@@ -65,6 +83,9 @@ impl fmt::Display for OptionError {
             Self::Unknown(word) => write!(f, "`{word}` on the hypervisor's command line is no option"),
             Self::Value(word) => {
                 write!(f, "`{word}` on the hypervisor's command line has a value it cannot have")
+            }
+            Self::NothingMoves => {
+                write!(f, "`churn-fault` on the hypervisor's command line needs `churn` beside it")
             }
         }
     }
@@ -97,6 +118,9 @@ impl Options {
                 result => result?,
             }
         }
+        if options.churn_fault.is_some() && options.churn.is_none() {
+            return Err(OptionError::NothingMoves);
+        }
         Ok(options)
     }
 
@@ -113,7 +137,13 @@ impl Options {
             ("no-next-rip", None) => self.next_rip = false,
             ("no-decode-assists", None) => self.decode_assists = false,
             ("no-flush-by-asid", None) => self.flush_by_asid = false,
-            ("mode" | "layout" | "levels", Some(_)) => return Err(bad_value()),
+            ("churn", Some(text)) => {
+                let rate = number(text).and_then(|rate| u32::try_from(rate).ok()).and_then(NonZeroU32::new);
+                self.churn = Some(rate.ok_or_else(bad_value)?);
+            }
+            ("churn-fault", Some("skip")) => self.churn_fault = Some(ChurnFault::Skip),
+            ("churn-fault", Some("early-copy")) => self.churn_fault = Some(ChurnFault::EarlyCopy),
+            ("mode" | "layout" | "levels" | "churn-fault", Some(_)) => return Err(bad_value()),
             _ => return Err(OptionError::Unknown(word.to_string())),
         }
         Ok(())
@@ -138,6 +168,18 @@ mod tests {
     fn a_loader_that_drops_the_file_name_is_understood() {
         assert_eq!(Options::parse("seed=3").unwrap().seed, 3);
         assert_eq!(Options::parse("seed=x"), Err(OptionError::Value("seed=x".into())));
+    }
+
+    #[test]
+    fn churn_has_a_rate_and_may_have_a_fault() {
+        let options = Options::parse("h churn=2000 churn-fault=early-copy").unwrap();
+        assert_eq!(options.churn, NonZeroU32::new(2000));
+        assert_eq!(options.churn_fault, Some(ChurnFault::EarlyCopy));
+        assert_eq!(Options::parse("h churn-fault=skip churn=1").unwrap().churn_fault, Some(ChurnFault::Skip));
+        assert_eq!(Options::parse("h churn-fault=skip"), Err(OptionError::NothingMoves));
+        for word in ["churn=0", "churn=-1", "churn=4G", "churn-fault=both"] {
+            assert_eq!(Options::parse(&alloc::format!("h {word}")), Err(OptionError::Value(word.into())));
+        }
     }
 
     #[test]

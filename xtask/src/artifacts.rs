@@ -35,6 +35,8 @@ const END_FLAGS: &str =
 /// The words after `cargo build` or `cargo clippy` that name the image.
 const IMAGE_WORDS: [&str; 8] =
     ["--package", "hypervisor", "--bin", "hypervisor", "--features", "bare-metal", "--profile", "bare"];
+/// The words that have an image make the mistakes that it is asked for.
+const FAULT_WORDS: [&str; 2] = ["--features", "churn-faults"];
 
 /// The compiler's flags for the image.
 fn image_flags() -> Vec<String> {
@@ -45,9 +47,10 @@ fn image_flags() -> Vec<String> {
     flags
 }
 
-/// The hypervisor's image.
-pub(crate) fn hypervisor() -> Result<PathBuf> {
-    cargo_build("the hypervisor", &IMAGE_WORDS, &image_flags())
+/// The hypervisor's image; one that can make mistakes only where some are wanted.
+pub(crate) fn hypervisor(faults: bool) -> Result<PathBuf> {
+    let more: &[&str] = if faults { &FAULT_WORDS } else { &[] };
+    cargo_build("the hypervisor", &[&IMAGE_WORDS, more].concat(), &image_flags())
 }
 
 /// A cargo command, such as clippy, on the image.

@@ -1,6 +1,6 @@
 //! The machine below everything: what is the same whatever virtualisation extension the processor has.
 //!
-//! Boot code, descriptors, host page tables, heap, serial line, port and register access. Nothing here knows
+//! Boot code, descriptors, host page tables, heap, serial line, timer, port and register access. Nothing here knows
 //! of guests. Invariant: from [`descriptors::load`] on, every exception of the host ends the run with a named
 //! error.
 
@@ -8,6 +8,7 @@ pub(crate) mod cpu;
 pub(crate) mod descriptors;
 pub(crate) mod device;
 pub(crate) mod heap;
+pub(crate) mod hpet;
 pub(crate) mod paging;
 pub(crate) mod physical;
 pub(crate) mod port;

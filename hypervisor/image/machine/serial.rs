@@ -1,4 +1,5 @@
-//! The second serial port (COM2): the hypervisor's own channel. Polled, transmit only, never waits for ever.
+//! The second serial port (COM2): the hypervisor's own channel. Polled, transmit only, never waits for ever. The
+//! one thing that comes in is a byte in the port's scratch register.
 
 use super::port::{in8, out8};
 use core::fmt;
@@ -16,6 +17,26 @@ pub(crate) fn initialise() {
         // SAFETY: the UART does no DMA.
         unsafe { out8(BASE + register, value) };
     }
+}
+
+/// The register of the port that remembers a byte and does nothing with it.
+const SCRATCH: u16 = BASE + 7;
+/// What someone outside writes there to ask for the record of the run.
+const WANTED: u8 = b'?';
+
+/// Forgets what the scratch register held before, so that [`record_is_wanted`] tells of what comes from now on.
+/// Returns the register's port.
+pub(crate) fn listen() -> u16 {
+    // SAFETY: the register does nothing.
+    unsafe { out8(SCRATCH, 0) };
+    SCRATCH
+}
+
+/// Whether someone outside has asked for the record, by a question mark in the port's scratch register. The guest
+/// cannot: the port is not there for it.
+pub(crate) fn record_is_wanted() -> bool {
+    // SAFETY: reading the register has no effect.
+    unsafe { in8(SCRATCH) == WANTED }
 }
 
 /// Sends one byte as it is, once the transmitter has room.

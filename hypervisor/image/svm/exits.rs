@@ -5,6 +5,7 @@
 
 use super::processor::vector;
 use super::run::{Exit, Machine};
+use super::ticks;
 use super::vmcb::exit;
 use crate::guest::End;
 use crate::guest::devices::{BusError, DeviceBus};
@@ -24,7 +25,7 @@ const UNKNOWN_CALL: u64 = (-38i64).cast_unsigned();
 const STORM: u32 = 100_000;
 
 /// Why a handler did not complete the instruction.
-enum Stop {
+pub(super) enum Stop {
     /// The guest goes on as it is now: with a fault injected, or to try again.
     Enter,
     /// The run is over.
@@ -44,7 +45,7 @@ impl From<vmmu::Error> for Stop {
     }
 }
 
-type Handled = Result<(), Stop>;
+pub(super) type Handled = Result<(), Stop>;
 
 /// Counts nested faults that repeat.
 #[derive(Default)]
@@ -115,8 +116,12 @@ fn rare(machine: &mut Machine, exit: Exit) -> Handled {
         }
         exit::SHUTDOWN => Err(End::TripleFault.into()),
         exit::INIT => Err(End::Reset("INIT signal").into()),
-        // It stays pending while GIF is clear, and nothing sets it again.
-        exit::NMI => Err(End::Asked.into()),
+        exit::NMI => ticks::nmi(machine),
+        exit::HLT => ticks::halt(machine),
+        exit::INTERRUPT => {
+            ticks::interrupt(machine);
+            Ok(())
+        }
         #[allow(clippy::cast_possible_truncation)] // an emulator may store the low half alone
         code if code as u32 == exit::INVALID => {
             Err(End::error("the processor refuses the guest's state (VMEXIT_INVALID)").into())
@@ -183,15 +188,21 @@ fn undecodable(machine: &mut Machine, error: DecodeError, bytes: &[u8]) -> Stop 
 /// Moves past the current instruction, which the exit named.
 #[inline(always)]
 fn skip(machine: &mut Machine, known: Known) -> Handled {
-    let next = if machine.processor.capabilities.next_rip {
+    let next = next_instruction(machine, known)?;
+    machine.processor.complete(next);
+    Ok(())
+}
+
+/// Where the instruction after the current one starts, which the exit named.
+#[inline(always)]
+pub(super) fn next_instruction(machine: &mut Machine, known: Known) -> Result<u64, Stop> {
+    Ok(if machine.processor.capabilities.next_rip {
         machine.processor.vmcb.control.next_rip
     } else {
         let length = length(machine, known)?;
         let next = machine.processor.vmcb.save.rip.wrapping_add(length.into());
         if machine.processor.mode() == CpuMode::Bits64 { next } else { next & u64::from(u32::MAX) }
-    };
-    machine.processor.complete(next);
-    Ok(())
+    })
 }
 
 /// The length of the current instruction, which the exit named.

@@ -8,6 +8,7 @@ pub(crate) mod permissions;
 pub(crate) mod processor;
 pub(crate) mod run;
 pub(crate) mod switch;
+pub(crate) mod ticks;
 pub(crate) mod vmcb;
 
 use crate::machine::cpu;

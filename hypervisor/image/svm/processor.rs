@@ -100,6 +100,17 @@ impl Processor {
         control.msr_map = core::ptr::from_ref(&*self.msrs) as u64;
     }
 
+    /// Has the guest's HLT exit, or, where it is let through, the interrupt that ends it.
+    pub(crate) fn watch_halts(&mut self, instruction: bool) {
+        let intercepts = &mut self.vmcb.control.intercept_instructions;
+        let (on, off) = if instruction {
+            (intercept::HLT, intercept::INTERRUPT)
+        } else {
+            (intercept::INTERRUPT, intercept::HLT)
+        };
+        *intercepts = *intercepts & !off | on;
+    }
+
     /// The architectural state at the guest's first instruction.
     fn state(&mut self, entry: Entry) {
         let save = &mut self.vmcb.save;

@@ -4,12 +4,14 @@
 
 use super::exits;
 use super::processor::Processor;
+use super::ticks::{self, Ticks};
 use super::vmcb::exit;
+use crate::churn::MISTAKES;
 use crate::guest::End;
 use crate::guest::devices::Devices;
 use crate::guest::ports::Ports;
 use crate::guest::services::Services;
-use crate::machine::cpu;
+use crate::machine::{cpu, serial};
 use crate::memory::MachineHost;
 use crate::report;
 use vmmu::{PhysCpu, Vcpu};
@@ -112,6 +114,8 @@ pub(crate) struct Machine {
     pub(crate) account: Account,
     /// Repeated faults.
     pub(crate) storm: exits::Storm,
+    /// Time of the hypervisor's own, where something wants it.
+    pub(crate) ticks: Option<Ticks>,
 }
 
 impl Machine {
@@ -134,6 +138,7 @@ impl Machine {
             services,
             account: Account::new(),
             storm: exits::Storm::default(),
+            ticks: None,
         };
         for ports in machine.ports.intercepted() {
             machine.processor.ports.intercept(ports);
@@ -141,28 +146,48 @@ impl Machine {
         machine
     }
 
+    /// Has the guest run under ticks, whose timer runs already.
+    pub(crate) fn tick(&mut self, ticks: Ticks) {
+        self.ticks = Some(ticks);
+        self.processor.watch_halts(true);
+    }
+
     /// Runs the guest to its end.
     pub(crate) fn run(&mut self) -> End {
         self.tell_where();
         loop {
             if let Err(end) = self.step() {
-                self.ports.flush();
+                self.finish();
                 return end;
             }
         }
+    }
+
+    /// The guest runs no more.
+    #[cold]
+    fn finish(&mut self) {
+        if let Some(ticks) = &mut self.ticks {
+            ticks.churn.end();
+        }
+        self.ports.flush();
     }
 
     /// Says where the state of both sides lies, so that a debugger, or an emulator's monitor, can read it while the
     /// guest runs. The machine stays where it is until the run ends.
     fn tell_where(&self) {
         let at = |pointer: *const u64| pointer as u64;
-        report::state(&[
-            ("vmcb", core::ptr::from_ref(&*self.processor.vmcb) as u64),
-            ("registers", at(self.processor.registers.general.as_ptr())),
-            ("host_save", super::host_save()),
-            ("trail", self.account.trail.as_ptr() as u64),
-            ("count", at(&raw const self.account.count)),
-        ]);
+        // Where an NMI is a tick, it takes a byte in this port to ask for the record.
+        let port = self.ticks.as_ref().map(|_| serial::listen());
+        report::state(
+            &[
+                ("vmcb", core::ptr::from_ref(&*self.processor.vmcb) as u64),
+                ("registers", at(self.processor.registers.general.as_ptr())),
+                ("host_save", super::host_save()),
+                ("trail", self.account.trail.as_ptr() as u64),
+                ("count", at(&raw const self.account.count)),
+            ],
+            port,
+        );
     }
 
     /// From one exit to the next, and through its handler.
@@ -186,6 +211,9 @@ impl Machine {
             rip: self.processor.vmcb.save.rip,
         };
         self.account.note(exit);
+        if MISTAKES {
+            ticks::note(self)?;
+        }
         exits::handle(self, exit)
     }
 }

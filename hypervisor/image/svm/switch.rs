@@ -132,6 +132,16 @@ pub(crate) unsafe fn save_host(host: &mut Vmcb) {
     unsafe { asm!("vmsave rax", in("rax") core::ptr::from_mut(host), options(nostack, preserves_flags)) };
 }
 
+/// Takes an NMI that waits: sets GIF for one instruction. Interrupts stay off; the NMI's handler does nothing.
+///
+/// # Safety
+/// SVM is on, interrupts are off, and the host's exceptions are as [`crate::machine::descriptors::load`] made them.
+pub(crate) unsafe fn take_nmi() {
+    // SAFETY: the caller's promises: the handler runs on a stack of its own and comes back. GIF is clear again
+    // afterwards.
+    unsafe { asm!("stgi", "nop", "clgi", options(nomem, nostack, preserves_flags)) };
+}
+
 /// Clears GIF: from here on nothing interrupts the host, not even an NMI.
 ///
 /// # Safety

@@ -151,10 +151,13 @@ pub(crate) mod flush {
 
 /// Bits of [`Control::intercept_instructions`].
 pub(crate) mod intercept {
+    /// Interrupts, while the guest would take them.
+    pub(crate) const INTERRUPT: u32 = 1 << 0;
     pub(crate) const NMI: u32 = 1 << 1;
     pub(crate) const INIT: u32 = 1 << 3;
     pub(crate) const CPUID: u32 = 1 << 18;
     pub(crate) const INVD: u32 = 1 << 22;
+    pub(crate) const HLT: u32 = 1 << 24;
     pub(crate) const INVLPGA: u32 = 1 << 26;
     pub(crate) const PORTS: u32 = 1 << 27;
     pub(crate) const MSRS: u32 = 1 << 28;
@@ -176,10 +179,12 @@ pub(crate) mod intercept_2 {
 /// Values of [`Control::exit_code`] that are handled.
 pub(crate) mod exit {
     pub(crate) const CR4_WRITE: u64 = 0x14;
+    pub(crate) const INTERRUPT: u64 = 0x60;
     pub(crate) const NMI: u64 = 0x61;
     pub(crate) const INIT: u64 = 0x63;
     pub(crate) const CPUID: u64 = 0x72;
     pub(crate) const INVD: u64 = 0x76;
+    pub(crate) const HLT: u64 = 0x78;
     pub(crate) const INVLPGA: u64 = 0x7A;
     pub(crate) const PORT: u64 = 0x7B;
     pub(crate) const MSR: u64 = 0x7C;
@@ -200,10 +205,12 @@ pub(crate) mod exit {
     pub(crate) fn name(code: u64) -> Option<&'static str> {
         Some(match code {
             CR4_WRITE => "cr4_write",
+            INTERRUPT => "interrupt",
             NMI => "nmi",
             INIT => "init",
             CPUID => "cpuid",
             INVD => "invd",
+            HLT => "hlt",
             INVLPGA => "invlpga",
             PORT => "port",
             MSR => "msr",

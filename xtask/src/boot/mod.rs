@@ -21,7 +21,7 @@ use anyhow::{Context, Result, ensure};
 use listener::Ears;
 use options::Options;
 use outcome::Outcome;
-use record::Record;
+use record::{Churn, Record};
 use serde_json::{Value, json};
 use std::fs;
 use std::io::Write;
@@ -84,7 +84,7 @@ pub(crate) fn run(options: &Options, console: impl Write) -> Result<Report> {
         fs::canonicalize(file).with_context(|| format!("cannot find {}", file.display()))?
     } else {
         programs::require(&[programs::GCC, programs::BINUTILS], consent)?;
-        artifacts::hypervisor()?
+        artifacts::hypervisor(options.churn_fault.is_some())?
     };
     let folder = folders::fresh_run()?;
     let (guest, modules) = prepare_guest(options, consent, &folder)?;
@@ -93,6 +93,7 @@ pub(crate) fn run(options: &Options, console: impl Write) -> Result<Report> {
         cpu: options.cpu_model(),
         memory_mib: machine_memory_mib(options.memory, &folder)?,
         icount: options.icount,
+        timer: options.churn.is_some(),
         line: options.hypervisor_line(),
         modules,
         extra: command::split_words(&options.qemu).map_err(anyhow::Error::msg)?,
@@ -242,6 +243,7 @@ impl Report {
             "seed": options.seed,
             "cpu": options.cpu_model(),
             "icount": options.icount,
+            "churn": self.record.as_ref().and_then(Churn::of).map(Churn::to_json),
             "emulator": self.emulator,
             "wall_seconds": self.wall.as_secs_f64(),
             "user_space_seconds": self.user_space.map(|time| time.as_secs_f64()),

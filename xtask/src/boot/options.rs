@@ -48,6 +48,12 @@ pub(crate) struct Options {
     /// What the scattered layout and the seeded file are drawn from
     #[arg(long, value_name = "N", default_value_t = 1)]
     pub(crate) seed: u64,
+    /// Move N random pages of the guest to other frames every second, and report the rate that was reached
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) churn: Option<u32>,
+    /// Move them wrongly, so that the guest's memory goes to ruin
+    #[arg(long, value_enum, requires = "churn")]
+    pub(crate) churn_fault: Option<ChurnFault>,
     /// CPU model of the emulator; `max` gives the host's tables five levels
     #[arg(long, value_name = "MODEL", default_value = "EPYC")]
     pub(crate) cpu: String,
@@ -118,6 +124,25 @@ impl Layout {
     }
 }
 
+/// How pages move wrongly.
+#[derive(ValueEnum, Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum ChurnFault {
+    /// One page in a hundred without an invalidation
+    Skip,
+    /// Copied one exit before the invalidation
+    EarlyCopy,
+}
+
+impl ChurnFault {
+    /// The word on the hypervisor's command line.
+    pub(crate) fn word(self) -> &'static str {
+        match self {
+            Self::Skip => "skip",
+            Self::EarlyCopy => "early-copy",
+        }
+    }
+}
+
 impl Default for Options {
     /// What an empty command line says.
     fn default() -> Self {
@@ -140,9 +165,11 @@ impl Options {
     pub(crate) fn hypervisor_line(&self) -> String {
         let (mode, layout) = (self.mode.word(), self.layout.word());
         let kib = self.memory.div_ceil(1024);
-        let line =
-            format!("mode={mode} layout={layout} seed={} memory={kib}K {}", self.seed, self.hypervisor);
-        line.trim_end().to_owned()
+        let mut words = vec![format!("mode={mode} layout={layout} seed={} memory={kib}K", self.seed)];
+        words.extend(self.churn.map(|rate| format!("churn={rate}")));
+        words.extend(self.churn_fault.map(|fault| format!("churn-fault={}", fault.word())));
+        words.push(self.hypervisor.clone());
+        words.join(" ").trim_end().to_owned()
     }
 
     /// Whether the user wants no initrd.
@@ -188,6 +215,17 @@ mod tests {
         let options = parse(&words).unwrap();
         let expected = "mode=npt layout=contiguous seed=7 memory=262144K no-next-rip levels=4";
         assert_eq!(options.hypervisor_line(), expected);
+    }
+
+    #[test]
+    fn churn_reaches_the_hypervisor_and_a_fault_needs_it() {
+        let options = parse(&["--churn", "2000", "--churn-fault", "early-copy"]).unwrap();
+        assert!(options.hypervisor_line().ends_with(" churn=2000 churn-fault=early-copy"));
+        for words in
+            [&["--churn-fault", "skip"][..], &["--churn", "0"], &["--churn", "1", "--churn-fault", "x"]]
+        {
+            assert!(parse(words).is_err(), "{words:?}");
+        }
     }
 
     #[test]

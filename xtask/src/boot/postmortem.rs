@@ -35,6 +35,9 @@ const EXIT_WORDS: usize = 4;
 /// Exits in that ring.
 const EXITS: usize = 16;
 
+/// What the hypervisor looks for in the port that it names, where an NMI alone does not mean that it is asked.
+const QUESTION: u8 = b'?';
+
 /// What was found.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub(crate) struct Findings {
@@ -76,10 +79,14 @@ fn try_look(running: &mut Running, state: Option<&Value>) -> Result<Findings> {
 }
 
 /// Lets the machine go on and interrupts it with an NMI, if the hypervisor has said that it answers one with its
-/// record. An NMI that it does not take would be the guest's.
+/// record, and to what beside it. An NMI that it does not take would be the guest's.
 pub(crate) fn ask_for_record(running: &mut Running, state: Option<&Value>) -> Result<()> {
     ensure!(state.is_some_and(|state| state["nmi"] == true), "the hypervisor takes no NMI");
     let monitor = running.monitor()?;
+    if let Some(port) = state.map(|state| &state["ask"]).filter(|port| !port.is_null()) {
+        let port = port.as_str().context("the port to ask in is no text")?;
+        monitor.human(&format!("o /b {port} {QUESTION:#x}"))?;
+    }
     monitor.execute("inject-nmi", &json!({}))?;
     monitor.execute("cont", &json!({}))?;
     Ok(())

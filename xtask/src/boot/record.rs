@@ -23,6 +23,60 @@ pub(crate) struct Exit {
     pub(crate) info: [String; 2],
 }
 
+/// What became of the rate at which pages were to move.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) struct Churn {
+    /// Moves a second that were wanted.
+    pub(crate) wanted: u64,
+    /// Moves a second that were reached, by the machine's clock.
+    pub(crate) reached: u64,
+    /// Moves in all.
+    pub(crate) moves: u64,
+    /// Pages that moved, those of whole blocks among them.
+    pub(crate) pages: u64,
+    /// Blocks of 2 MiB that moved whole.
+    pub(crate) blocks: u64,
+    /// Blocks of 2 MiB that were broken up.
+    pub(crate) broken_up: u64,
+    /// Moves that were made wrongly, as it was asked for.
+    pub(crate) mistakes: u64,
+}
+
+impl Churn {
+    /// From a run's record, if pages moved in it.
+    pub(crate) fn of(record: &Record) -> Option<Self> {
+        let number = |name| record.number(&["churn", name]);
+        Some(Self {
+            wanted: number("wanted")?,
+            reached: number("reached")?,
+            moves: number("moves")?,
+            pages: number("pages")?,
+            blocks: number("blocks")?,
+            broken_up: number("broken_up")?,
+            mistakes: number("mistakes")?,
+        })
+    }
+
+    /// Whether the rate was kept: nine tenths of it at least.
+    pub(crate) fn kept_its_rate(&self) -> bool {
+        u128::from(self.reached) * 10 >= u128::from(self.wanted) * 9
+    }
+
+    /// For programs.
+    pub(crate) fn to_json(self) -> Value {
+        serde_json::json!({
+            "wanted": self.wanted,
+            "reached": self.reached,
+            "kept_its_rate": self.kept_its_rate(),
+            "moves": self.moves,
+            "pages": self.pages,
+            "blocks": self.blocks,
+            "broken_up": self.broken_up,
+            "mistakes": self.mistakes,
+        })
+    }
+}
+
 impl Record {
     /// From what the hypervisor wrote.
     pub(crate) fn new(value: Value) -> Self {
@@ -115,6 +169,19 @@ mod tests {
         assert_eq!(outcome(json!({ "end": "triple-fault" })), Some(Outcome::TripleFault));
         assert_eq!(outcome(json!({ "end": "error", "text": "x" })), Some(Outcome::Hypervisor("x".into())));
         assert!(matches!(outcome(json!({ "end": "shutdown" })), Some(Outcome::Shutdown(_))));
+    }
+
+    #[test]
+    fn nine_tenths_of_a_rate_keep_it() {
+        let churn = |reached: u64| {
+            let numbers = json!({
+                "wanted": 2000, "reached": reached, "moves": 9, "pages": 9, "blocks": 0, "broken_up": 0, "mistakes": 0,
+            });
+            Churn::of(&Record::new(json!({ "churn": numbers }))).unwrap()
+        };
+        assert!(churn(1800).kept_its_rate() && !churn(1799).kept_its_rate());
+        assert_eq!(churn(1799).to_json()["kept_its_rate"], false);
+        assert_eq!(Churn::of(&Record::new(json!({ "churn": { "wanted": 1 } }))), None);
     }
 
     #[test]

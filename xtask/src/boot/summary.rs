@@ -3,7 +3,7 @@
 use super::Report;
 use super::options::Options;
 use super::outcome::Outcome;
-use super::record::{Exit, Record};
+use super::record::{Churn, Exit, Record};
 use crate::screen::{self, Side};
 use crate::units::{count, duration, size};
 use console::style;
@@ -55,6 +55,9 @@ fn figures(record: &Record, icount: bool) -> Vec<(&'static str, String)> {
     let mut rows = Vec::new();
     if let Some(total) = record.number(&["exits_total"]) {
         rows.push(("exits", format!("{}{}", count(total), listing(&record.ranking("exits")))));
+    }
+    if let Some(churn) = Churn::of(record) {
+        rows.push(("churn", moves(&churn)));
     }
     let stat = |name| record.number(&["stats", name]);
     if let Some(taken) = stat("pf_taken") {
@@ -109,6 +112,21 @@ fn figures(record: &Record, icount: bool) -> Vec<(&'static str, String)> {
         rows.push(("hypervisor", share(outside, inside, icount)));
     }
     rows
+}
+
+/// What became of the rate at which pages were to move.
+fn moves(churn: &Churn) -> String {
+    let rate = format!("{} of {} moves a second", count(churn.reached), count(churn.wanted));
+    let rate = if churn.kept_its_rate() {
+        rate
+    } else {
+        style(format!("SHORT OF ITS RATE: {rate}")).red().bold().for_stderr().to_string()
+    };
+    let whole = if churn.blocks == 1 { "block whole" } else { "blocks whole" };
+    let blocks = [(churn.blocks, whole), (churn.broken_up, "broken up"), (churn.mistakes, "WRONGLY")];
+    let mut parts = vec![format!("{} pages", count(churn.pages))];
+    parts.extend(blocks.iter().filter(|part| part.0 > 0).map(|part| format!("{} {}", count(part.0), part.1)));
+    format!("{rate}; {} in all: {}", count(churn.moves), parts.join(", "))
 }
 
 /// The hypervisor's share of the processor. Under `--icount` the clock counts instructions.
@@ -170,6 +188,10 @@ mod tests {
             "stats": { "pf_taken": 1000, "pf_fixed_4k": 900, "pf_fixed_2m": 100, "table_pages": 9, "table_bytes": 131_072 },
             "ram": { "frames_moved": 52_100, "frames_in_place": 0 },
             "audit": { "clean": true, "roots": 1, "tables": 9 },
+            "churn": {
+                "wanted": 2000, "reached": 1999, "moves": 12_000, "pages": 17_110, "blocks": 10, "broken_up": 9,
+                "mistakes": 0,
+            },
             "tsc_guest": 9_000, "tsc_hypervisor": 1_000,
         }));
         let rows = figures(&record, true);
@@ -178,6 +200,10 @@ mod tests {
         assert_eq!(row(&rows, "tables").unwrap(), "9 pages, 128 KiB taken from the machine");
         assert_eq!(row(&rows, "frames").unwrap(), "52,100 with pfn ≠ gfn, none with pfn = gfn");
         assert_eq!(row(&rows, "audit").unwrap(), "clean: 1 root, 9 tables");
+        assert_eq!(
+            row(&rows, "churn").unwrap(),
+            "1,999 of 2,000 moves a second; 12,000 in all: 17,110 pages, 10 blocks whole, 9 broken up"
+        );
         assert_eq!(row(&rows, "hypervisor").unwrap(), "1,000 of 10,000 instructions, 10.0 %");
     }
 

@@ -25,6 +25,8 @@ pub(crate) struct Machine {
     pub(crate) memory_mib: u64,
     /// Whether time counts instructions, so that two runs are identical.
     pub(crate) icount: bool,
+    /// Whether the event timer (HPET) can send messages, as the image's own timer needs it.
+    pub(crate) timer: bool,
     /// The image's command line.
     pub(crate) line: String,
     /// The modules' command lines, in the order of [`MODULES`].
@@ -43,6 +45,9 @@ impl Machine {
         add("-seed 1");
         if self.icount {
             add("-icount shift=0,sleep=off -rtc base=2020-01-01,clock=vm");
+        }
+        if self.timer {
+            add("-global hpet.msi=on");
         }
         // Files and not pipes: a serial line that had to wait for its reader would disturb the count.
         add(&format!("-chardev file,id=console,path={CONSOLE} -serial chardev:console"));
@@ -103,6 +108,7 @@ mod tests {
             cpu: "EPYC,+svm,+npt".into(),
             memory_mib: 1200,
             icount: false,
+            timer: false,
             line: "mode=npt seed=1".into(),
             modules: vec!["console=ttyS0,115200 x".into(), String::new()],
             extra: vec!["-d".into(), "int".into()],
@@ -130,6 +136,13 @@ mod tests {
         let words = Machine { icount: true, ..machine() }.arguments();
         assert_eq!(after(&words, "-icount"), ["shift=0,sleep=off"]);
         assert_eq!(after(&words, "-rtc"), ["base=2020-01-01,clock=vm"]);
+    }
+
+    #[test]
+    fn the_event_timer_is_as_the_machine_has_it_unless_it_is_needed() {
+        assert!(after(&machine().arguments(), "-global").is_empty());
+        let words = Machine { timer: true, ..machine() }.arguments();
+        assert_eq!(after(&words, "-global"), ["hpet.msi=on"]);
     }
 
     #[test]

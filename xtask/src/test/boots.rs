@@ -2,7 +2,7 @@
 
 use super::{Log, Step, this_program};
 use crate::artifacts;
-use crate::boot::record::Record;
+use crate::boot::record::{Churn, Record};
 use crate::host::folders;
 use crate::host::programs::Consent;
 use anyhow::{Context, Result, ensure};
@@ -10,7 +10,7 @@ use serde_json::Value;
 use std::fs::{self, File};
 use std::io::Write;
 use std::path::PathBuf;
-use std::process::{Command, Stdio};
+use std::process::{Command, ExitStatus, Stdio};
 
 /// The object that a boot ends with.
 pub(crate) struct Ended {
@@ -46,6 +46,13 @@ impl Ended {
 
 /// Boots with these words and demands this exit status.
 pub(crate) fn boot(log: &mut Log, words: &[String], status: i32) -> Result<Ended> {
+    let (ended, found) = boot_to_any_end(log, words)?;
+    ensure!(found.code() == Some(status), "{found} instead of status {status}: {}", ended.message());
+    Ok(ended)
+}
+
+/// Boots with these words; the object that it ends with, and its exit status.
+fn boot_to_any_end(log: &mut Log, words: &[String]) -> Result<(Ended, ExitStatus)> {
     let mut command = Command::new(this_program()?);
     command.args(["boot", "--json", "--yes"]).args(words);
     log.start(&mut command)?.stdout(Stdio::piped());
@@ -53,14 +60,7 @@ pub(crate) fn boot(log: &mut Log, words: &[String], status: i32) -> Result<Ended
     let text = String::from_utf8_lossy(&output.stdout);
     writeln!(log.file, "{text}")?;
     let value: Value = serde_json::from_str(&text).context("the boot has printed no object")?;
-    let ended = Ended { value };
-    ensure!(
-        output.status.code() == Some(status),
-        "{} instead of status {status}: {}",
-        output.status,
-        ended.message()
-    );
-    Ok(ended)
+    Ok((Ended { value }, output.status))
 }
 
 /// The words of a command line that holds no quotes.
@@ -87,6 +87,35 @@ pub(crate) fn sound(ended: Ended) -> Result<Ended> {
         ensure!(in_place == Some(0), "RAM frames with pfn = gfn: {in_place:?}");
     }
     Ok(ended)
+}
+
+/// Boots with these words while pages move; it must succeed, be sound, and have kept its rate.
+pub(crate) fn churned(log: &mut Log, words: &[String]) -> Result<()> {
+    let ended = sound(boot(log, words, 0)?)?;
+    let churn = Churn::of(&ended.record()).context("the record says nothing of pages that moved")?;
+    ensure!(
+        churn.kept_its_rate(),
+        "{} moves a second were reached, {} were wanted",
+        churn.reached,
+        churn.wanted
+    );
+    ensure!(churn.mistakes == 0, "{} moves were made wrongly", churn.mistakes);
+    Ok(())
+}
+
+/// Boots with these words while pages move wrongly. The guest must come to grief: a check of its memory that fails, a
+/// crash, or a standstill. What ends in any other way has shown nothing.
+pub(crate) fn ruined(log: &mut Log, words: &[String]) -> Result<()> {
+    let (ended, status) = boot_to_any_end(log, words)?;
+    ensure!(!status.success(), "the guest has not noticed: {}", ended.message());
+    ensure!(
+        matches!(ended.end(), "value" | "reset" | "triple fault" | "hypervisor" | "timeout"),
+        "the boot has not come to an end of the guest's: {}",
+        ended.message()
+    );
+    let churn = Churn::of(&ended.record()).context("the record says nothing of pages that moved")?;
+    ensure!(churn.mistakes > 0, "no move was made wrongly: {}", ended.message());
+    Ok(())
 }
 
 /// A boot that must fail with this status, this word for its end, and a sentence that holds this text.
@@ -154,6 +183,13 @@ pub(crate) fn ends() -> Vec<Step> {
             says: "triple fault",
         },
         Bad {
+            name: "ends: a guest that halts for ever while pages move",
+            words: || guest("halted", "--churn 1"),
+            status: 113,
+            end: "hypervisor",
+            says: "interrupts off",
+        },
+        Bad {
             name: "ends: shutdown",
             words: || guest("shutdown", ""),
             status: 110,
@@ -214,6 +250,19 @@ impl Bad {
             Ok(())
         })
     }
+}
+
+/// A guest that halts while the hypervisor's timer ticks ten times as often as its own.
+pub(crate) fn halts(log: &mut Log) -> Result<()> {
+    churned(log, &guest("halts", "--churn 2000")?)
+        .context("a HLT has ended without an interrupt, or a page moved late")
+}
+
+/// A guest that never ends, under a timer whose NMIs must not be taken for the one that asks for the record.
+pub(crate) fn endless(log: &mut Log) -> Result<()> {
+    let ended = boot(log, &guest("endless", "--churn 100 --timeout 3")?, 124)?;
+    ensure!(Churn::of(&ended.record()).is_some(), "the record was not to be had");
+    Ok(())
 }
 
 /// The words that boot one of the small guests.

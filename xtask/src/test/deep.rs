@@ -1,6 +1,6 @@
 //! The steps that take long: each of the project's claims at its full figure, and all models.
 
-use super::boots::{boot, good, sound, words};
+use super::boots::{boot, churned, good, ruined, sound, words};
 use super::{Log, Step, quick};
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
@@ -37,6 +37,21 @@ pub(crate) fn steps() -> Vec<Step> {
         let words = [&words("--with stress-ng --timeout 600 --run")[..], &[run.to_owned()]].concat();
         sound(boot(log, &words, 0)?).map(drop)
     }));
+    steps.push(Step::new("deep: churn, 1 GiB verified while 2000 pages a second move", |log| {
+        churned(log, &churn("1G", 1, ""))
+    }));
+    for seed in 1..=5 {
+        let name = format!("deep: churn, memory verified while 2000 pages a second move, seed {seed}");
+        steps.push(Step::new(name, move |log: &mut Log| churned(log, &churn("256M", seed, ""))));
+    }
+    let faults = [("skip", "one invalidation in a hundred skipped"), ("early-copy", "copied one exit early")];
+    for (fault, what) in faults {
+        for seed in 1..=5 {
+            let more = format!("--churn-fault {fault}");
+            let name = format!("deep: churn, {what}: noticed, seed {seed}");
+            steps.push(Step::new(name, move |log: &mut Log| ruined(log, &churn("256M", seed, &more))));
+        }
+    }
     steps.push(Step::new("deep: a Linux guest that prints panic text is healthy", |log| {
         let run = "echo 'Kernel panic - not syncing: Attempted to kill init!'";
         boot(log, &[&words("--memory 256M --run")[..], &[run.to_owned()]].concat(), 0).map(drop)
@@ -61,6 +76,15 @@ pub(crate) fn steps() -> Vec<Step> {
     steps.push(Step::xtask("deep: formatting, lints and documentation", "lint"));
     steps.push(Step::xtask("deep: every model of the protocols", "models all --yes"));
     steps
+}
+
+/// The words that boot Linux with memory that is written and verified while pages move. A kernel that finds itself
+/// damaged ends at once, and so does the first check that fails.
+fn churn(memory: &str, seed: u64, more: &str) -> Vec<String> {
+    let run = "stress-ng --vm 2 --vm-bytes 50% --verify --abort --timeout 40s";
+    let line = format!("--churn 2000 --memory {memory} --seed {seed} --with stress-ng --timeout 300 {more}");
+    let last = ["--append", "oops=panic softlockup_panic=1", "--run", run].map(str::to_owned);
+    [&words(&line)[..], &last].concat()
 }
 
 /// Demands that a line's figure is less than a third of KVM's.

@@ -59,6 +59,15 @@ pub(crate) fn steps() -> Vec<Step> {
             Ok(())
         }),
     ];
+    steps.push(Step::new("churn: Linux while 2000 pages a second move", |log| {
+        boots::churned(log, &boots::words("--churn 2000 --memory 256M"))
+    }));
+    steps.push(Step::new("churn: the timer wakes no guest that halts", boots::halts));
+    steps.push(Step::new("churn: a guest that never ends is asked for its record", boots::endless));
+    steps.push(Step::new("churn: one invalidation in a hundred skipped, and noticed", |log| {
+        let line = "--churn 2000 --churn-fault skip --memory 256M --timeout 60 --append oops=panic";
+        boots::ruined(log, &boots::words(line))
+    }));
     steps.extend(ARGUMENTS.map(|(question, example)| {
         Step::cargo(question, format!("run --package vmmu-machine --example {example} --locked"))
     }));
