@@ -28,6 +28,11 @@ const PAYLOAD_FLAGS: &str = "-m64 -O2 -Wall -Wextra -ffreestanding -nostdlib -st
     -mno-red-zone -mgeneral-regs-only -fno-stack-protector -fcf-protection=none -fno-asynchronous-unwind-tables \
     -fno-tree-loop-distribute-patterns \
     -Wl,-z,max-page-size=4096,--build-id=none,-z,noexecstack,--no-warn-rwx-segments";
+/// Switches of the walking payload, in both of its widths.
+const WALKS_FLAGS: &str = "-O2 -Wall -Wextra -ffreestanding -nostdlib -static -fno-pic -no-pie -mno-red-zone \
+    -mgeneral-regs-only -fno-stack-protector -fcf-protection=none -fno-asynchronous-unwind-tables \
+    -fno-tree-loop-distribute-patterns \
+    -Wl,-z,max-page-size=4096,--build-id=none,-z,noexecstack,--no-warn-rwx-segments";
 /// Switches of the small guests: flat files for 1 MiB.
 const END_FLAGS: &str =
     "-m32 -nostdlib -static -Wl,-Ttext=0x100000,--oformat=binary,--build-id=none,-e,start";
@@ -99,6 +104,41 @@ pub(crate) fn payload(consent: Consent) -> Result<PathBuf> {
     command.arg("-o").arg(&out).arg(source.join("guest.c"));
     run::output(&mut command)?;
     Ok(out)
+}
+
+/// How wide the code of the walking payload is.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Width {
+    /// For processors without long mode, and its 32-bit modes.
+    Bits32,
+    /// For long mode.
+    Bits64,
+}
+
+/// The payload that walks random page tables: a multiboot ELF.
+pub(crate) fn walking_payload(width: Width, consent: Consent) -> Result<PathBuf> {
+    programs::require(&[programs::GCC, programs::BINUTILS], consent)?;
+    let source = folders::root().join("guests/walks");
+    let (switches, own, name) = match width {
+        Width::Bits32 => (["-m32", "-march=i586"], "own32.c", "walks32.elf"),
+        Width::Bits64 => (["-m64", "-mcmodel=small"], "own64.c", "walks64.elf"),
+    };
+    let out = folders::own("guests")?.join(name);
+    let mut command = Command::new("gcc");
+    command.args(switches).args(WALKS_FLAGS.split_whitespace()).arg("-T").arg(source.join("walks.ld"));
+    command.arg("-o").arg(&out).args(["main.c", "draw.c", own, "entry.S"].map(|file| source.join(file)));
+    run::output(&mut command)?;
+    Ok(out)
+}
+
+/// The program that compares what the walking payload reports with the model.
+pub(crate) fn walks() -> Result<PathBuf> {
+    let mut command = Command::new("cargo");
+    command.args(["build", "--quiet", "--release", "--package", "walks", "--locked"]);
+    command.current_dir(folders::root()).stdin(Stdio::null());
+    let _progress = Progress::start("building walks", None);
+    run::status(&mut command)?;
+    Ok(folders::target()?.join("release/walks"))
 }
 
 /// The program by which the initrd's `init` ends the run: static, without a library.

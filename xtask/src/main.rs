@@ -1,7 +1,7 @@
 //! Everything that a contributor or CI does with vmmu, as one program: `cargo xtask COMMAND`.
 //!
 //! `boot` runs a guest under the hypervisor, `bench` measures, `test` proves, `models` checks the protocols, `mutants` breaks
-//! rules to see them noticed. Each
+//! rules to see them noticed, `walks` compares the model of the processor with others'. Each
 //! needs nothing prepared: what is missing is built, downloaded under the target folder, or named with the command
 //! that installs it.
 #![forbid(unsafe_code)]
@@ -19,6 +19,7 @@ mod qemu;
 mod screen;
 mod test;
 mod units;
+mod walks;
 
 use clap::{Parser, Subcommand};
 use std::process::ExitCode;
@@ -40,6 +41,7 @@ enum Command {
     Test(test::Test),
     Models(models::Models),
     Mutants(mutants::Mutants),
+    Walks(walks::Walks),
     /// Checks formatting, lints and documentation
     Lint,
 }
@@ -53,6 +55,7 @@ fn main() -> ExitCode {
         Command::Lint => lint::command(),
         Command::Models(models) => models::command(models),
         Command::Mutants(mutants) => mutants::command(mutants),
+        Command::Walks(walks) => walks::command(walks),
     });
     match result {
         Ok(status) => ExitCode::from(status),

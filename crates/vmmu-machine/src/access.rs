@@ -4,6 +4,7 @@
 //! combines the rights of a walk's entries by AND, so one type serves them all.
 
 use crate::fault::code;
+use crate::features::Quirks;
 use crate::registers::Paging;
 use std::fmt;
 
@@ -51,6 +52,14 @@ impl Access {
     /// A supervisor's, with RFLAGS.AC clear.
     pub const fn supervisor(kind: AccessKind) -> Self {
         Self { kind, privilege: Privilege::Supervisor { ac: false } }
+    }
+
+    /// The processor's own read or write, while it is at CPL 3 or below, with RFLAGS.AC as it is: implicit,
+    /// but as an instruction's own where a quirk has AC help it.
+    pub const fn implicit(kind: AccessKind, user: bool, ac: bool, quirks: &Quirks) -> Self {
+        let helped = if user { quirks.ac_helps_implicit_of_user } else { quirks.ac_helps_implicit };
+        let privilege = if helped { Privilege::Supervisor { ac } } else { Privilege::Implicit };
+        Self { kind, privilege }
     }
 
     /// The bits of a page-fault error code that only the access decides: W/R, U/S, I/D (SDM 4.7, APM 8.4.2).
@@ -137,7 +146,7 @@ impl fmt::Display for Rights {
 ///
 /// The rules, SDM 4.6.1 and 4.6.2. The address is a *user-mode address* if every entry of the walk has U/S
 /// set, else a *supervisor-mode address*.
-pub fn check(paging: &Paging, rights: Rights, key: u8, access: Access) -> Result<(), u32> {
+pub fn check(paging: &Paging, quirks: &Quirks, rights: Rights, key: u8, access: Access) -> Result<(), u32> {
     let user_page = rights.has(Rights::USER);
     let user_access = access.privilege == Privilege::User;
     let ac = access.privilege == Privilege::Supervisor { ac: true };
@@ -160,10 +169,13 @@ pub fn check(paging: &Paging, rights: Rights, key: u8, access: Access) -> Result
     };
     // Protection keys: data accesses to user pages, by user and supervisor alike; WD binds a supervisor only
     // under CR0.WP.
-    let key_denies = paging.pke && user_page && access.kind != AccessKind::Fetch && {
+    let key_counts = user_page || quirks.keys_of_supervisor_pages;
+    let key_denies = paging.pke && key_counts && access.kind != AccessKind::Fetch && {
         let pair = paging.pkru >> (2 * u32::from(key & 15));
         let (access_disable, write_disable) = (pair & 1 != 0, pair & 2 != 0);
-        access_disable || write_disable && access.kind == AccessKind::Write && (user_access || paging.wp)
+        let write = access.kind == AccessKind::Write;
+        let access_disable = access_disable && (user_access || !quirks.access_disable_spares_supervisor);
+        access_disable || write_disable && write && (user_access || paging.wp)
     };
     if allowed && !key_denies {
         return Ok(());

@@ -14,7 +14,7 @@ use crate::memory::Memory;
 use crate::outcome::{Outcome, Translation};
 use crate::provenance::{EntryRead, Event, Provenance, Stage};
 use crate::regime::{Regime, Second};
-use crate::search::{End, FirstTable, Graph, NodeId, Place, SecondPage, Source};
+use crate::search::{Depth, End, FirstTable, Graph, NodeId, Place, SecondPage, Source};
 use std::fmt;
 use std::sync::Arc;
 
@@ -32,6 +32,15 @@ impl fmt::Display for MemoryChanged {
 }
 
 impl std::error::Error for MemoryChanged {}
+
+/// Flags that a walk sets in one entry.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Mark {
+    /// The entry, as the walk read it.
+    pub entry: EntryRead,
+    /// The accessed flag, the dirty flag, or both: of those bits at least one is still clear.
+    pub flags: u64,
+}
 
 /// Flags to set in one entry.
 struct Update {
@@ -122,12 +131,18 @@ impl<'a> Follow<'a> {
     /// The flags that reading `read` on the way to `place` sets.
     fn update(&mut self, place: &Place, read: EntryRead, write: bool) {
         let Some(format) = self.format(read.stage) else { return };
-        let accessed = format.accessed(read.level);
         let dirty = match place {
             Place::SecondPage { sets_dirty: true, .. } => format.dirty(),
             Place::FirstPage { .. } if write => format.dirty(),
             _ => 0,
         };
+        self.mark(read, dirty);
+    }
+
+    /// Sets the accessed flag of an entry, and `dirty`.
+    fn mark(&mut self, read: EntryRead, dirty: u64) {
+        let Some(format) = self.format(read.stage) else { return };
+        let accessed = format.accessed(read.level);
         if read.value & (accessed | dirty) != accessed | dirty {
             self.effects.updates.push(Update {
                 read,
@@ -165,16 +180,16 @@ impl<'a> Follow<'a> {
 
     /// The whole of a successful way.
     fn arrive(&mut self, end: &End, translation: &Translation, write: bool) {
-        let first = end.first.map(|node| self.come(node, write));
-        let second = end.second.map(|node| self.come(node, false));
+        let first = end.first.node.map(|node| self.come(node, write));
+        let second = end.second.node.map(|node| self.come(node, false));
         let (Some(from), Some(Place::FirstPage { leaf, .. }), Some(gva)) =
-            (first, end.first.map(|node| *self.graph.place(node)), self.gva)
+            (first, end.first.node.map(|node| *self.graph.place(node)), self.gva)
         else {
             // Paging is off: only guest-physical mappings are kept, so that turning paging on needs no flush
             // (SDM 4.10.4.1 asks for none).
             return;
         };
-        let nested = end.second.map(|node| *self.graph.place(node));
+        let nested = end.second.node.map(|node| *self.graph.place(node));
         let page = self.whole_page(gva, &leaf, nested, translation, write);
         let provenance = match second {
             Some(by) => self.record(Event::Combined, Some(from), Some(by)),
@@ -219,6 +234,9 @@ impl<'a> Follow<'a> {
 
     /// Follows `end` as far as its outcome goes.
     pub(crate) fn end(mut self, end: &End, write: bool) -> Effects {
+        // Whether a write's dirty flag is set before the second stage has granted the write, the manuals leave
+        // open (APM 15.25.5). A page fault of the first stage sets none.
+        let write = write && !matches!(end.outcome, Outcome::PageFault(_));
         if end.item.is_some() {
             return self.effects;
         }
@@ -228,17 +246,45 @@ impl<'a> Follow<'a> {
         }
         // A walk that ends in a fault has set accessed flags down to wherever the processor got before it
         // gave up.
-        for end in [end.first, end.second].into_iter().flatten() {
-            if let Some(node) = self.give_up_before(end) {
-                self.part(node);
+        for Depth { node, last } in [end.first, end.second] {
+            let stopped = node.and_then(|node| self.give_up_before(node));
+            if let Some(stopped) = stopped {
+                let dirty = write && self.choice.below(2) == 0;
+                self.part(stopped, dirty);
+            }
+            if let Some(last) = last
+                && stopped == node
+                && self.choice.below(3) != 0
+            {
+                self.mark(last, 0);
             }
         }
         self.effects
     }
 
+    /// The flags of the whole way to `end`, in the order of the walk.
+    pub(crate) fn marks(mut self, end: &End, write: bool) -> Vec<Mark> {
+        let write = write && !matches!(end.outcome, Outcome::PageFault(_));
+        if end.item.is_none() {
+            if let Outcome::Translated(translation) = &end.outcome {
+                self.arrive(end, translation, write);
+            } else {
+                for Depth { node, last } in [end.first, end.second] {
+                    if let Some(node) = node {
+                        self.part(node, write);
+                    }
+                    if let Some(last) = last {
+                        self.mark(last, 0);
+                    }
+                }
+            }
+        }
+        self.effects.updates.iter().map(|update| Mark { entry: update.read, flags: update.flags }).collect()
+    }
+
     /// Follows the way to one node that a speculative walk stopped at.
     pub(crate) fn node(mut self, node: NodeId) -> Effects {
-        self.part(node);
+        self.part(node, false);
         self.effects
     }
 
@@ -251,13 +297,17 @@ impl<'a> Follow<'a> {
         Some(node)
     }
 
-    fn part(&mut self, node: NodeId) {
-        let blocked = match self.graph.place(node) {
-            Place::FirstTable(table) | Place::FirstPage { table, .. } => table.blocked,
-            Place::SecondTable { .. } | Place::SecondPage { .. } => false,
+    /// Sets flags down to `node`. `write`: of a leaf of the first stage also the dirty flag, if what failed is the
+    /// second stage's walk for the final address.
+    fn part(&mut self, node: NodeId, write: bool) {
+        let (blocked, writable) = match self.graph.place(node) {
+            Place::FirstTable(table) | Place::FirstPage { table, .. } => {
+                (table.blocked, table.nested.has(Rights::WRITE))
+            }
+            Place::SecondTable { .. } | Place::SecondPage { .. } => (false, false),
         };
         if !blocked {
-            self.come(node, false);
+            self.come(node, write && writable);
         }
     }
 
@@ -266,8 +316,8 @@ impl<'a> Follow<'a> {
         if let Some(id) = end.item {
             return Arc::clone(&self.caches.held(id).provenance);
         }
-        let first = end.first.map(|node| self.come(node, false));
-        let second = end.second.map(|node| self.come(node, false));
+        let first = end.first.node.map(|node| self.come(node, false));
+        let second = end.second.node.map(|node| self.come(node, false));
         match (first, second) {
             (Some(first), None) => first,
             (None, Some(second)) => second,

@@ -78,65 +78,111 @@ impl Features {
     }
 }
 
-/// Named departures from the manuals, for comparing the model with processors that have them.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
-#[non_exhaustive]
-pub struct Quirks {
+/// Declares [`Quirks`] and the table of their names and sections.
+macro_rules! quirks {
+    ($($(#[$doc:meta])* $name:ident: $section:literal,)*) => {
+        /// Named departures from the manuals, for comparing the model with processors that have them.
+        #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+        #[non_exhaustive]
+        pub struct Quirks {
+            $($(#[$doc])* pub $name: bool,)*
+        }
+
+        impl Quirks {
+            /// The manuals, to the letter.
+            pub const NONE: Self = Self { $($name: false,)* };
+
+            /// The quirks that are on: name, and the section that each breaks or exceeds.
+            pub fn named(&self) -> impl Iterator<Item = (&'static str, &'static str)> {
+                [$((self.$name, stringify!($name), $section),)*]
+                    .into_iter()
+                    .filter_map(|(on, name, section)| on.then_some((name, section)))
+            }
+
+            /// The same but for the quirk of this name.
+            #[must_use]
+            pub fn without(mut self, name: &str) -> Self {
+                match name {
+                    $(stringify!($name) => self.$name = false,)*
+                    _ => {}
+                }
+                self
+            }
+        }
+    };
+}
+
+quirks! {
     /// A fault for a reserved bit reports P=0. Against APM 8.4.2 and SDM "Page-Fault Exceptions": RSVD set
     /// implies P set, since only a present entry has reserved bits.
-    pub reserved_fault_without_present: bool,
+    reserved_fault_without_present:
+        "APM vol. 2, 8.4.2 (#PF error code); SDM vol. 3, Page-Fault Exceptions",
     /// Bit 8 of a level-4 or level-5 entry is ignored by an AMD processor. Against APM 5.3.3 (the figures of
     /// the PML4E and PML5E: bits 8:7 must be zero).
-    pub level4_bit8_ignored: bool,
+    level4_bit8_ignored: "APM vol. 2, 5.3.3 (PML4E: bits 8:7 MBZ)",
     /// Bit 12 of a 2 MiB EPT leaf is not checked. Against SDM "EPT Misconfigurations" with the format of an
     /// EPT PDE that maps a 2 MiB page (bits 20:12 reserved).
-    pub ept_2m_bit12_ignored: bool,
+    ept_2m_bit12_ignored:
+        "SDM vol. 3, EPT Misconfigurations (EPT PDE of a 2 MiB page: bits 20:12 reserved)",
     /// Every entry to a guest and every exit from it flushes everything. Allowed, but more than APM 15.16 and
     /// SDM "Operations that Invalidate Cached Mappings" require: it hides missing flushes.
-    pub world_switch_flushes: bool,
+    world_switch_flushes:
+        "more than APM vol. 2, 15.16 and SDM vol. 3, Operations that Invalidate Cached Mappings, ask",
+    /// An entry that maps a large page gets its accessed flag before its address is found to have reserved
+    /// bits. Against SDM 4.8 (the flag is set in an entry that is used for a translation; APM 5.4.2
+    /// likewise) and 4.7 (one with a reserved bit is used for none).
+    misaligned_page_accessed: "SDM vol. 3, 4.7 and 4.8; APM vol. 2, 5.4.2 (accessed)",
+    /// RFLAGS.AC lets the processor's own accesses at CPL 0 to 2 through SMAP. Against SDM 4.6.1 and APM
+    /// "Supervisor Mode Access Prevention": implicit accesses to user-mode addresses are refused whatever AC
+    /// is.
+    ac_helps_implicit: "SDM vol. 3, 4.6.1; APM vol. 2, Supervisor Mode Access Prevention",
+    /// The same of the processor's own accesses at CPL 3.
+    ac_helps_implicit_of_user: "SDM vol. 3, 4.6.1; APM vol. 2, Supervisor Mode Access Prevention",
+    /// PAE's page-directory-pointer entries are read from memory at each walk and get accessed flags, like
+    /// entries of other levels, and a reserved bit faults when it is met. Against SDM 4.4.1 (MOV to CR3 loads
+    /// and checks them) and APM 5.2.3.
+    pdptes_walked: "SDM vol. 3, 4.4.1 (PDPTE registers); APM vol. 2, 5.2.3",
+    /// Bits 8:5 and 2:1 of theirs are ignored. Against SDM 4.4.1 and APM 5.2.3: they are reserved.
+    pdpte_low_bits_ignored: "SDM vol. 3, 4.4.1 (PDPTE: bits 8:5 and 2:1 reserved); APM vol. 2, 5.2.3",
+    /// Protection keys bind accesses to supervisor-mode addresses. Against SDM 4.6.2 and APM "Memory
+    /// Protection Keys": they control accesses to user-mode addresses only.
+    keys_of_supervisor_pages: "SDM vol. 3, 4.6.2; APM vol. 2, Memory Protection Keys",
+    /// The access-disable bit of a key does not bind supervisor accesses. Against SDM 4.6.2 and APM
+    /// "Memory Protection Keys": it forbids any data access to a user-mode address.
+    access_disable_spares_supervisor: "SDM vol. 3, 4.6.2; APM vol. 2, Memory Protection Keys",
+    /// Bits 20:13 of an entry that maps 4 MiB are address bits 39:32, also without PSE-36 and past MAXPHYADDR.
+    /// Against SDM 4.3 (table 4-4: those past M, and without PSE-36 all of them, are reserved).
+    large_pages_of_40_bits: "SDM vol. 3, 4.3 (4 MiB pages: bits 21:(M-19) reserved)",
+    /// EXITINFO1 does not tell a fetch while the host's EFER.NXE is clear. Against APM 15.25.6, which makes no
+    /// condition for bit 4, as 8.4.2 does for page faults.
+    nested_fetch_told_by_nx: "APM vol. 2, 15.25.6 (EXITINFO1 bit 4)",
 }
 
 impl Quirks {
-    /// The manuals, to the letter.
-    pub const NONE: Self = Self {
-        reserved_fault_without_present: false,
-        level4_bit8_ignored: false,
-        ept_2m_bit12_ignored: false,
-        world_switch_flushes: false,
-    };
-
     /// QEMU 7.2, TCG.
     pub const QEMU_7_2: Self = Self {
         reserved_fault_without_present: true,
         level4_bit8_ignored: true,
         world_switch_flushes: true,
+        misaligned_page_accessed: true,
+        ac_helps_implicit: true,
+        pdptes_walked: true,
+        pdpte_low_bits_ignored: true,
+        large_pages_of_40_bits: true,
+        nested_fetch_told_by_nx: true,
         ..Self::NONE
     };
 
     /// Bochs 2.7.
-    pub const BOCHS_2_7: Self = Self { ept_2m_bit12_ignored: true, world_switch_flushes: true, ..Self::NONE };
-
-    /// The quirks that are on: name, and the section that each breaks or exceeds.
-    pub fn named(&self) -> impl Iterator<Item = (&'static str, &'static str)> {
-        [
-            (
-                self.reserved_fault_without_present,
-                "reserved_fault_without_present",
-                "APM vol. 2, 8.4.2 (#PF error code); SDM vol. 3, Page-Fault Exceptions",
-            ),
-            (self.level4_bit8_ignored, "level4_bit8_ignored", "APM vol. 2, 5.3.3 (PML4E: bits 8:7 MBZ)"),
-            (
-                self.ept_2m_bit12_ignored,
-                "ept_2m_bit12_ignored",
-                "SDM vol. 3, EPT Misconfigurations (EPT PDE of a 2 MiB page: bits 20:12 reserved)",
-            ),
-            (
-                self.world_switch_flushes,
-                "world_switch_flushes",
-                "more than APM vol. 2, 15.16 and SDM vol. 3, Operations that Invalidate Cached Mappings, ask",
-            ),
-        ]
-        .into_iter()
-        .filter_map(|(on, name, section)| on.then_some((name, section)))
-    }
+    pub const BOCHS_2_7: Self = Self {
+        ept_2m_bit12_ignored: true,
+        world_switch_flushes: true,
+        level4_bit8_ignored: true,
+        ac_helps_implicit: true,
+        ac_helps_implicit_of_user: true,
+        keys_of_supervisor_pages: true,
+        access_disable_spares_supervisor: true,
+        large_pages_of_40_bits: true,
+        ..Self::NONE
+    };
 }

@@ -74,7 +74,8 @@
 //! - **Speculation** happens when the embedder calls it, at any address and to any depth; nothing is filled
 //!   behind its back, and nothing is filled that was not valid at that moment.
 //! - **Pieces of a large page** go with any INVLPG inside the page that they were made from (SDM 4.10.4.1).
-//! - **Accessed flags on the way to a fault** are set down to wherever a seed says.
+//! - **Accessed flags on the way to a fault** are set down to wherever a seed says; of a write whose page the
+//!   second stage refuses, the first stage's leaf may be dirty by then.
 //! - **Two-stage walks on AMD** cache guest-physical mappings by ASID; a guest's own flushes do not touch
 //!   them (INVLPGB has an option of its own for them, APM volume 3).
 //!
@@ -107,7 +108,7 @@ mod search;
 pub use access::{Access, AccessKind, Privilege, Rights};
 pub use addr::{Gpa, Gva, Hpa, PageSize, Pfn};
 pub use cache::{Held, Mapping, Page, PhysicalTag, Table, Tag};
-pub use choose::MemoryChanged;
+pub use choose::{Mark, MemoryChanged};
 pub use fault::{EptViolation, NestedPageFault, PageFault};
 pub use features::{Features, Quirks, Vendor};
 pub use format::{Entry, Format, Leaf, PdpteError};

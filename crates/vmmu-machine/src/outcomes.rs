@@ -5,7 +5,7 @@
 
 use crate::access::AccessKind;
 use crate::addr::Gva;
-use crate::choose::{Follow, MemoryChanged, fault_removes};
+use crate::choose::{Follow, Mark, MemoryChanged, fault_removes};
 use crate::hash::Choice;
 use crate::memory::Memory;
 use crate::outcome::Outcome;
@@ -89,6 +89,21 @@ impl Outcomes {
                     .explain(end)
             })
             .collect()
+    }
+
+    /// The accessed and dirty flags that an outcome sets, by the first of the ways to it, in the order of the
+    /// walk; entries that have theirs are left out. A translation sets them all. A fault sets, in each
+    /// stage, those down to an entry of the processor's choice, or none, and the dirty flag of a first stage's
+    /// leaf or not. For the processor that made the
+    /// set, while it has done nothing else.
+    pub fn marks(&self, processor: &Processor, outcome: &Outcome) -> Vec<Mark> {
+        let Some(end) = self.graph.ends.iter().find(|end| end.outcome == *outcome) else { return Vec::new() };
+        if self.changes != processor.changes() {
+            return Vec::new();
+        }
+        let (caches, regime, choice) = (processor.caches(), processor.regime(), Choice::new(0));
+        Follow::new(&self.graph, caches, regime, processor.step(), false, self.gva, choice)
+            .marks(end, self.kind == Some(AccessKind::Write))
     }
 
     /// One outcome and one of the ways to it, by `seed`, with all that it does: accessed and dirty flags,

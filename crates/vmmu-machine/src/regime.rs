@@ -4,7 +4,7 @@
 //! Pure values, made by the processor when registers or worlds change. Invariant: a regime says everything
 //! that a search needs besides memory and caches.
 
-use crate::access::Rights;
+use crate::access::{self, Access, Rights};
 use crate::addr::{Gva, Hpa};
 use crate::cache::{PhysicalTag, Tag};
 use crate::features::{Features, Quirks, Vendor};
@@ -92,7 +92,17 @@ impl Regime {
     /// Whether PAE's page-directory-pointer entries are read from memory at each walk: AMD, under nested
     /// paging (APM 15.25.10).
     pub(crate) const fn pdptes_in_memory(&self) -> bool {
-        matches!(self.second, Some(Second { kind: SecondKind::Npt, .. }))
+        self.quirks.pdptes_walked || matches!(self.second, Some(Second { kind: SecondKind::Npt, .. }))
+    }
+
+    /// [`access::check`] with this regime's registers and quirks.
+    pub(crate) fn check(&self, rights: Rights, key: u8, access: Access) -> Result<(), u32> {
+        access::check(&self.paging, &self.quirks, rights, key, access)
+    }
+
+    /// Whether an entry with a reserved bit gets its accessed flag: never, but by a quirk.
+    pub(crate) const fn marks_reserved(&self, format: &Format, level: u8, value: u64) -> bool {
+        self.quirks.misaligned_page_accessed && format.maps_misaligned_page(level, value)
     }
 
     /// The linear address that the hardware sees: outside 64-bit mode addresses have 32 bits, and 64-bit

@@ -397,3 +397,50 @@ fn second_stages_of_five_levels() {
         assert_eq!(outcomes.only().and_then(|o| o.translation().map(|t| t.hpa.raw())), Some(0x9008));
     }
 }
+
+/// What a fault may leave behind, over many seeds: the flags that some seed sets.
+fn flags_of_faults(change: impl Fn(&World), at: impl Fn(&World) -> Hpa, access: Access) -> (u64, u64) {
+    let (mut all, mut any) = (u64::MAX, 0);
+    for seed in 0..64 {
+        let mut world = World::new(Kind::Npt);
+        change(&world);
+        let outcome = world.processor.touch(&world.memory, gva(GVA), access, seed);
+        assert!(matches!(outcome, Outcome::NestedPageFault(_)), "{outcome}");
+        let flags = world.memory.read64(at(&world)) & (A | D);
+        (all, any) = (all & flags, any | flags);
+    }
+    (all, any)
+}
+
+#[test]
+fn a_nested_fault_leaves_open_what_the_guest_s_entries_have_become() {
+    // The page is missing: the guest's leaf may have been marked, for a write dirty too; or not.
+    let unmap = |world: &World| world.edit(world.leaf(), P, 0);
+    assert_eq!(flags_of_faults(unmap, |world| world.guest[3], READ), (0, A));
+    assert_eq!(flags_of_faults(unmap, |world| world.guest[3], WRITE), (0, A | D));
+    assert_eq!(flags_of_faults(unmap, |world| world.guest[2], WRITE), (0, A));
+    // The guest's table of level 3 is behind nothing: the entry that names it may be marked.
+    let hide = |world: &World| world.memory.write64(world.guest[0], 0x7000 | P | W | U);
+    assert_eq!(flags_of_faults(hide, |world| world.guest[0], READ), (0, A));
+    // A page without the right to write: its own entry may be marked accessed, and is not dirty.
+    let protect = |world: &World| world.edit(world.leaf(), W, 0);
+    assert_eq!(flags_of_faults(protect, World::leaf, WRITE), (0, A));
+}
+
+#[test]
+fn marks_are_those_that_a_translation_sets() {
+    let world = World::new(Kind::Npt);
+    let set = world.processor.access(&world.memory, gva(GVA), WRITE);
+    let outcome = set.only().expect("nothing is cached");
+    let marks = set.marks(&world.processor, &outcome);
+    for mark in &marks {
+        assert_eq!(world.memory.read64(mark.entry.at), mark.entry.value);
+    }
+    let mut world = world;
+    world.touch(WRITE);
+    for mark in &marks {
+        assert_eq!(world.memory.read64(mark.entry.at) & (A | D), mark.flags, "{mark:?}");
+    }
+    // The set is of a moment that has passed.
+    assert!(set.marks(&world.processor, &outcome).is_empty());
+}

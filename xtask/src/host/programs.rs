@@ -26,6 +26,19 @@ pub(crate) const GCC: Need = Need { what: "gcc", package: "gcc" };
 pub(crate) const BINUTILS: Need = Need { what: "ld", package: "binutils" };
 /// Headers and libraries of C, the static ones included.
 pub(crate) const LIBC: Need = Need { what: "/usr/include/stdlib.h", package: "libc6-dev" };
+/// The other emulator, and the firmware that it starts.
+pub(crate) const BOCHS: [Need; 3] = [
+    Need { what: "bochs", package: "bochs" },
+    Need { what: "/usr/share/bochs/BIOS-bochs-latest", package: "bochsbios" },
+    Need { what: "/usr/share/bochs/VGABIOS-lgpl-latest", package: "vgabios" },
+];
+/// What makes an image that boots by GRUB.
+pub(crate) const GRUB: [Need; 4] = [
+    Need { what: "grub-mkrescue", package: "grub-common" },
+    Need { what: "/usr/lib/grub/i386-pc/boot.img", package: "grub-pc-bin" },
+    Need { what: "xorriso", package: "xorriso" },
+    Need { what: "mformat", package: "mtools" },
+];
 /// The model checker.
 pub(crate) const SPIN: Need = Need { what: "spin", package: "spin" };
 

@@ -65,6 +65,14 @@ pub(crate) fn steps() -> Vec<Step> {
         quick::all_lines(&object)?;
         UNDER_A_THIRD.iter().try_for_each(|name| under_a_third(&object, name))
     }));
+    steps.push(Step::xtask(
+        "deep: walks: the model agrees with QEMU's processor, a million times",
+        "walks --walks 1000000 --seed 2 --yes",
+    ));
+    steps.push(Step::xtask(
+        "deep: walks: the model agrees with Bochs' processors, a hundred thousand times",
+        "walks --engine bochs --walks 100000 --seed 2 --yes",
+    ));
     steps.push(Step::cargo(
         "deep: ten thousand rounds against the library, optimised",
         "test --release --package vmmu --test history --locked",

@@ -134,7 +134,11 @@ fn preparation(options: &Test) -> Step {
     let (deep, consent) = (options.deep, Consent::new(options.yes));
     let step = Step::new("what the tests need is installed", move |_| {
         let mut needs = vec![programs::QEMU, programs::GCC, programs::BINUTILS, programs::LIBC];
-        needs.extend(deep.then_some(programs::SPIN));
+        if deep {
+            needs.push(programs::SPIN);
+            needs.extend(programs::BOCHS);
+            needs.extend(programs::GRUB);
+        }
         programs::require(&needs, consent)?;
         programs::emulator(consent).map(drop)
     });

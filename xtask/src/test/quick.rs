@@ -68,6 +68,10 @@ pub(crate) fn steps() -> Vec<Step> {
         let line = "--churn 2000 --churn-fault skip --memory 256M --timeout 60 --append oops=panic";
         boots::ruined(log, &boots::words(line))
     }));
+    steps.push(Step::xtask(
+        "walks: the model agrees with QEMU's processor, twenty thousand times",
+        "walks --walks 20000 --json --yes",
+    ));
     steps.extend(ARGUMENTS.map(|(question, example)| {
         Step::cargo(question, format!("run --package vmmu-machine --example {example} --locked"))
     }));

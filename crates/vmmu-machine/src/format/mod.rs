@@ -63,10 +63,19 @@ pub struct Leaf {
 
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 enum Kind {
-    Bits32 { pse: bool, pse36: bool },
+    /// `large_bits`: of the address of a 4 MiB page.
+    Bits32 {
+        pse: bool,
+        large_bits: u8,
+    },
     Pae,
     Long,
-    Ept { accessed_dirty: bool, execute_only: bool, pages_2m: bool, bit12_ignored: bool },
+    Ept {
+        accessed_dirty: bool,
+        execute_only: bool,
+        pages_2m: bool,
+        bit12_ignored: bool,
+    },
 }
 
 /// A format as a processor with these features and modes reads it.
@@ -80,8 +89,9 @@ pub struct Format {
     pages_1g: bool,
     /// Bit 8 is reserved at levels 4 and 5.
     level4_bit8_reserved: bool,
-    /// MAXPHYADDR, at most 52.
-    phys_bits: u8,
+    /// PAE's page-directory-pointer entries have accessed flags, and no reserved bits below their address.
+    pdptes_walked: bool,
+    pdpte_low_bits_ignored: bool,
     /// The address bits that the processor does not have.
     beyond: u64,
 }
@@ -94,7 +104,8 @@ impl Format {
             nx,
             pages_1g: features.pages_1g,
             level4_bit8_reserved: matches!(features.vendor, Vendor::Amd) && !quirks.level4_bit8_ignored,
-            phys_bits: if features.max_phys_bits > 52 { 52 } else { features.max_phys_bits },
+            pdptes_walked: quirks.pdptes_walked,
+            pdpte_low_bits_ignored: quirks.pdpte_low_bits_ignored,
             beyond: features.beyond_physical(),
         }
     }
@@ -103,7 +114,16 @@ impl Format {
     pub const fn ordinary(paging: &Paging, features: &Features, quirks: &Quirks) -> Option<Self> {
         let (kind, levels) = match paging.mode {
             Mode::Off => return None,
-            Mode::Bits32 => (Kind::Bits32 { pse: paging.pse, pse36: features.pse36 }, 2),
+            Mode::Bits32 => {
+                let forty = quirks.large_pages_of_40_bits;
+                let bits = match (features.pse36, features.max_phys_bits) {
+                    _ if forty => 40,
+                    (false, _) | (_, ..32) => 32,
+                    (true, 40..) => 40,
+                    (true, bits) => bits,
+                };
+                (Kind::Bits32 { pse: paging.pse, large_bits: bits }, 2)
+            }
             Mode::Pae => (Kind::Pae, 3),
             Mode::Levels4 => (Kind::Long, 4),
             Mode::Levels5 => (Kind::Long, 5),
@@ -133,7 +153,7 @@ impl Format {
     /// What `raw` means in a table of `level`, 1 being the lowest.
     pub const fn decode(&self, level: u8, raw: u64) -> Entry {
         match self.kind {
-            Kind::Bits32 { pse, pse36 } => bits32::decode(self, pse, pse36, level, raw as u32),
+            Kind::Bits32 { pse, large_bits } => bits32::decode(pse, large_bits, level, raw as u32),
             Kind::Pae if level == 3 => pae::decode_pdpte(self, raw),
             Kind::Pae => pae::decode(self, level, raw),
             Kind::Long => long::decode(self, level, raw),
@@ -142,6 +162,23 @@ impl Format {
                 ept::decode(self, how, level, raw)
             }
         }
+    }
+
+    /// Whether bit 63 forbids fetches.
+    pub(crate) const fn has_nx(&self) -> bool {
+        self.nx
+    }
+
+    /// Whether `raw` would map a large page, were it not for address bits below the page's size.
+    pub(crate) const fn maps_misaligned_page(&self, level: u8, raw: u64) -> bool {
+        let below = match (self.kind, level) {
+            (Kind::Bits32 { pse: true, .. }, 2) => 0x003f_e000,
+            (Kind::Pae | Kind::Long, 2) => 0x001f_e000,
+            (Kind::Long, 3) => 0x3fff_e000,
+            _ => return false,
+        };
+        matches!(self.decode(level, raw), Entry::Reserved)
+            && matches!(self.decode(level, raw & !below), Entry::Page(_))
     }
 
     /// The level of the topmost table: 2 to 5. In PAE paging 3, the table of page-directory-pointer entries.
@@ -188,7 +225,7 @@ impl Format {
     /// The accessed flag in an entry of `level`; 0 where there is none.
     pub const fn accessed(&self, level: u8) -> u64 {
         match self.kind {
-            Kind::Pae if level == 3 => 0,
+            Kind::Pae if level == 3 && !self.pdptes_walked => 0,
             Kind::Bits32 { .. } | Kind::Pae | Kind::Long => 1 << 5,
             Kind::Ept { accessed_dirty: true, .. } => 1 << 8,
             Kind::Ept { .. } => 0,

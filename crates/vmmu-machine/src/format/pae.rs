@@ -20,7 +20,8 @@ pub(super) const fn decode_pdpte(format: &Format, raw: u64) -> Entry {
     if raw & 1 == 0 {
         return Entry::NotPresent;
     }
-    if raw & (PDPTE_RESERVED | HIGH_RESERVED | 1 << 63 | format.beyond) != 0 {
+    let reserved = if format.pdpte_low_bits_ignored { 0 } else { PDPTE_RESERVED };
+    if raw & (reserved | HIGH_RESERVED | 1 << 63 | format.beyond) != 0 {
         return Entry::Reserved;
     }
     Entry::Table { at: raw & ADDRESS, rights: Rights::ALL }

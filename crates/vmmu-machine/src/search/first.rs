@@ -6,8 +6,8 @@
 //! 15.25.5).
 
 use super::second::Ask;
-use super::{FirstTable, NodeId, Place, Search, SecondPage, Way};
-use crate::access::{self, Access, AccessKind, Rights};
+use super::{Depth, FirstTable, NodeId, Place, Search, SecondPage, Source, Way};
+use crate::access::{Access, AccessKind, Rights};
 use crate::addr::{Gpa, Gva, Hpa};
 use crate::cache::Tag;
 use crate::fault::{EptRequest, EptViolation, NestedAccess, PageFault, code};
@@ -62,8 +62,7 @@ impl Search<'_> {
         let caches = self.caches;
         for (id, page) in caches.pages(caches.store(tag), gva.raw()) {
             let gpa = page.gpa.map(|gpa| gpa.plus(gva.raw() - page.at));
-            let outcome = if let Err(code) = access::check(&self.regime.paging, page.rights, page.key, access)
-            {
+            let outcome = if let Err(code) = self.regime.check(page.rights, page.key, access) {
                 // Held rights that do not suffice: AMD walks again to confirm.
                 if !self.faults(false) {
                     continue;
@@ -90,7 +89,8 @@ impl Search<'_> {
                     nested_caching: page.nested_caching,
                 })
             };
-            self.graph.ends.push(super::End { outcome, first: None, second: None, item: Some(id) });
+            let depth = Depth::default();
+            self.graph.ends.push(super::End { outcome, first: depth, second: depth, item: Some(id) });
         }
     }
 
@@ -105,8 +105,8 @@ impl Search<'_> {
                 }
                 // MOV to CR3 let no reserved bit in; registers that a test filled in badly fault like
                 // entries.
-                Entry::Reserved => self.page_fault(walk, code::PRESENT | code::RESERVED, None),
-                Entry::NotPresent | Entry::Page(_) => self.page_fault(walk, 0, None),
+                Entry::Reserved => self.page_fault(walk, code::PRESENT | code::RESERVED, Depth::default()),
+                Entry::NotPresent | Entry::Page(_) => self.page_fault(walk, 0, Depth::default()),
             }
             return;
         }
@@ -166,7 +166,11 @@ impl Search<'_> {
             self.graph.reach(0, place, fresh, Way { via: Some(node), ..way });
         }
         let whose = NestedAccess::Table(walk.gva);
-        self.report(&second, &found, entry, whose, None, (way.from, fresh));
+        let last = match way.source {
+            Source::Entry(read) if !blocked => Some(read),
+            _ => None,
+        };
+        self.report(&second, &found, entry, whose, None, (Depth { node: way.from, last }, fresh));
     }
 
     /// The single step: one entry of one table.
@@ -189,7 +193,9 @@ impl Search<'_> {
         };
         if let Some(code) = fault {
             if self.faults(fresh) {
-                self.page_fault(walk, code, Some(from));
+                let used = self.regime.marks_reserved(format, level, value) && !table.blocked;
+                let last = used.then_some(EntryRead { stage: Stage::First, level, at, value });
+                self.page_fault(walk, code, Depth { node: Some(from), last });
             }
             return;
         }
@@ -234,7 +240,7 @@ impl Search<'_> {
     fn arrive(&mut self, walk: &Walk, node: NodeId, leaf: &Leaf, rights: Rights, table: &FirstTable) {
         let fresh = self.graph.fresh(node);
         if let Some(access) = walk.wanted
-            && let Err(code) = access::check(&self.regime.paging, rights, leaf.key, access)
+            && let Err(code) = self.regime.check(rights, leaf.key, access)
         {
             if self.faults(fresh) {
                 let fault = PageFault { address: walk.gva, code };
@@ -264,12 +270,12 @@ impl Search<'_> {
             let translation = translation(leaf, rights, Some((Gpa::new(gpa), page)), hpa);
             self.end(Outcome::Translated(translation), Some(node), Some(page_node));
         }
-        self.report(&second, &found, gpa, NestedAccess::Final(walk.gva), kind, (Some(node), fresh));
+        self.report(&second, &found, gpa, NestedAccess::Final(walk.gva), kind, (Some(node).into(), fresh));
     }
 
-    fn page_fault(&mut self, walk: &Walk, cause: u32, node: Option<NodeId>) {
+    fn page_fault(&mut self, walk: &Walk, cause: u32, depth: Depth) {
         let bits = walk.wanted.map_or(0, |access| access.code(&self.regime.paging));
-        self.end(Outcome::PageFault(PageFault { address: walk.gva, code: cause | bits }), node, None);
+        self.end(Outcome::PageFault(PageFault { address: walk.gva, code: cause | bits }), depth, None);
     }
 }
 

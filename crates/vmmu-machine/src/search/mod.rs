@@ -102,14 +102,27 @@ struct Node {
     first_way: u32,
 }
 
+/// How far one stage got.
+#[derive(Clone, Copy, Default, Debug)]
+pub(crate) struct Depth {
+    pub(crate) node: Option<NodeId>,
+    /// The entry that was read there, if it was used but led no further: it names a table or a page that the
+    /// second stage does not give, or a page that the access may not use.
+    pub(crate) last: Option<EntryRead>,
+}
+
+impl From<Option<NodeId>> for Depth {
+    fn from(node: Option<NodeId>) -> Self {
+        Self { node, last: None }
+    }
+}
+
 /// One end of the search: an outcome, and what leads to it.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct End {
     pub(crate) outcome: Outcome,
-    /// How far the first stage got.
-    pub(crate) first: Option<NodeId>,
-    /// How far the second stage got.
-    pub(crate) second: Option<NodeId>,
+    pub(crate) first: Depth,
+    pub(crate) second: Depth,
     /// The TLB entry that was used; then there was no walk.
     pub(crate) item: Option<ItemId>,
 }

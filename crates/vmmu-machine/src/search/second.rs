@@ -3,7 +3,7 @@
 //! Invariant: permissions are looked at when the leaf is reached, and not before: a missing or reserved entry
 //! further down has precedence (SDM "EPT-Induced VM Exits": prioritization; APM 15.25.5).
 
-use super::{NodeId, Place, Search, SecondPage, Way};
+use super::{Depth, NodeId, Place, Search, SecondPage, Way};
 use crate::access::{AccessKind, Rights};
 use crate::addr::{Gpa, Gva, Hpa, PageSize};
 use crate::cache::Tag;
@@ -49,8 +49,7 @@ pub(super) struct Trouble {
     pub(super) cause: NestedCause,
     /// The AND of the entries' rights, for the exit qualification.
     pub(super) granted: Rights,
-    /// How far it got.
-    pub(super) node: Option<NodeId>,
+    pub(super) depth: Depth,
     pub(super) fresh: bool,
 }
 
@@ -71,7 +70,7 @@ impl Search<'_> {
             self.troubles.push(Trouble {
                 cause: NestedCause::NotPresent,
                 granted: Rights::NONE,
-                node: None,
+                depth: Depth::default(),
                 fresh: true,
             });
         }
@@ -84,7 +83,7 @@ impl Search<'_> {
         let store = caches.store(Tag::Physical(second.tag));
         for (id, page) in caches.pages(store, gpa) {
             if !page.nested.has(ask.needs) {
-                self.trouble(NestedCause::Rights, page.nested, None, false);
+                self.trouble(NestedCause::Rights, page.nested, Depth::default(), false);
             } else if !ask.write || page.nested_dirty {
                 let page = SecondPage {
                     frame: page.frame,
@@ -132,10 +131,15 @@ impl Search<'_> {
         let fresh = self.graph.fresh(from);
         let at = table.plus(format.entry_offset(level, gpa));
         let value = self.memory.read64(at);
-        let way = Way::entry(EntryRead { stage: Stage::Second, level, at, value }, from, None);
+        let read = EntryRead { stage: Stage::Second, level, at, value };
+        let way = Way::entry(read, from, None);
+        let depth = |used: bool| Depth { node: Some(from), last: used.then_some(read) };
         match format.decode(level, value) {
-            Entry::NotPresent => self.trouble(NestedCause::NotPresent, Rights::NONE, Some(from), fresh),
-            Entry::Reserved => self.trouble(NestedCause::Reserved, Rights::NONE, Some(from), fresh),
+            Entry::NotPresent => self.trouble(NestedCause::NotPresent, Rights::NONE, depth(false), fresh),
+            Entry::Reserved => {
+                let used = self.regime.marks_reserved(format, level, value);
+                self.trouble(NestedCause::Reserved, Rights::NONE, depth(used), fresh);
+            }
             Entry::Table { at, rights } => {
                 let rights = above.and(rights);
                 let place = Place::SecondTable { level: level - 1, table: Hpa::new(at), rights, gpa };
@@ -144,7 +148,7 @@ impl Search<'_> {
             Entry::Page(leaf) => {
                 let rights = above.and(leaf.rights);
                 if !rights.has(ask.needs) {
-                    self.trouble(NestedCause::Rights, rights, Some(from), fresh);
+                    self.trouble(NestedCause::Rights, rights, depth(true), fresh);
                     return;
                 }
                 let page = SecondPage {
@@ -160,8 +164,8 @@ impl Search<'_> {
         }
     }
 
-    fn trouble(&mut self, cause: NestedCause, granted: Rights, node: Option<NodeId>, fresh: bool) {
-        self.troubles.push(Trouble { cause, granted, node, fresh });
+    fn trouble(&mut self, cause: NestedCause, granted: Rights, depth: Depth, fresh: bool) {
+        self.troubles.push(Trouble { cause, granted, depth, fresh });
     }
 
     /// The pages that a search found.
@@ -184,13 +188,13 @@ impl Search<'_> {
         gpa: u64,
         whose: NestedAccess,
         kind: Option<AccessKind>,
-        first: (Option<NodeId>, bool),
+        first: (Depth, bool),
     ) {
         for at in found.troubles.clone() {
             let trouble = self.troubles[at];
             if self.faults(trouble.fresh && first.1) {
                 let outcome = self.nested_outcome(second, Gpa::new(gpa), whose, kind, &trouble);
-                self.end(outcome, first.0, trouble.node);
+                self.end(outcome, first.0, trouble.depth);
             }
         }
     }
@@ -206,13 +210,13 @@ impl Search<'_> {
         // A speculative walk reports nothing; that it stops here is all that counts.
         let kind = kind.unwrap_or(AccessKind::Read);
         match (second.kind, trouble.cause) {
-            (SecondKind::Npt, cause) => Outcome::NestedPageFault(NestedPageFault::new(
-                gpa,
-                whose,
-                kind,
-                cause,
-                self.regime.quirks.reserved_fault_without_present,
-            )),
+            (SecondKind::Npt, cause) => {
+                let quirks = &self.regime.quirks;
+                let fetch_told = second.format.has_nx() || !quirks.nested_fetch_told_by_nx;
+                let kind = if kind == AccessKind::Fetch && !fetch_told { AccessKind::Read } else { kind };
+                let p_is_clear = quirks.reserved_fault_without_present;
+                Outcome::NestedPageFault(NestedPageFault::new(gpa, whose, kind, cause, p_is_clear))
+            }
             (SecondKind::Ept { .. }, NestedCause::Reserved) => Outcome::EptMisconfiguration(gpa),
             (SecondKind::Ept { accessed_dirty }, _) => {
                 let request = match whose {
@@ -264,11 +268,12 @@ impl Search<'_> {
             };
             self.end(Outcome::Translated(translation), first, Some(node));
         }
-        self.report(&second, &found, gpa, whose, kind, (first, true));
+        self.report(&second, &found, gpa, whose, kind, (first.into(), true));
     }
 
     /// Adds an end.
-    pub(super) fn end(&mut self, outcome: Outcome, first: Option<NodeId>, second: Option<NodeId>) {
+    pub(super) fn end(&mut self, outcome: Outcome, first: impl Into<Depth>, second: impl Into<Depth>) {
+        let (first, second) = (first.into(), second.into());
         self.graph.ends.push(super::End { outcome, first, second, item: None });
     }
 
