@@ -2,6 +2,7 @@
 
 use crate::artifacts;
 use crate::host::{folders, run};
+use crate::loom;
 use crate::screen;
 use anyhow::Result;
 use std::process::Command;
@@ -34,6 +35,9 @@ pub(crate) fn command() -> Result<u8> {
         command.env("RUSTDOCFLAGS", "-Dwarnings");
         command
     };
+    let mut models =
+        cargo("clippy --package vmmu --lib --tests --profile loom --features mutants --locked -- -Dwarnings");
+    loom::for_loom(&mut models)?;
     let shipped = format!("--workspace {}", without_simulation());
     let checks = [
         ("formatting", cargo("fmt --all --check")),
@@ -43,6 +47,7 @@ pub(crate) fn command() -> Result<u8> {
             cargo(&format!("clippy {} --all-targets --locked -- -Dwarnings", simulation())),
         ),
         ("lints without std", cargo("clippy --package vmmu --no-default-features --locked -- -Dwarnings")),
+        ("lints of the models for loom", models),
         ("lints of the bare-metal image", image),
         ("documentation", documentation(&shipped)),
         ("documentation of the simulation", documentation(&simulation())),

@@ -1,9 +1,9 @@
 //! Everything that a contributor or CI does with vmmu, as one program: `cargo xtask COMMAND`.
 //!
-//! `boot` runs a guest under the hypervisor, `bench` measures, `test` proves, `models` checks the protocols, `mutants` breaks
-//! rules to see them noticed, `walks` compares the model of the processor with others'. Each
-//! needs nothing prepared: what is missing is built, downloaded under the target folder, or named with the command
-//! that installs it.
+//! `boot` runs a guest under the hypervisor, `bench` measures, `test` proves, `models` checks the protocols, `loom`
+//! the code that follows them, `mutants` breaks rules to see them noticed, `walks` compares the model of the processor
+//! with others'. Each needs nothing prepared: what is missing is built, downloaded under the target folder, or named
+//! with the command that installs it.
 #![forbid(unsafe_code)]
 
 mod artifacts;
@@ -13,6 +13,7 @@ mod cpio;
 mod host;
 mod initrd;
 mod lint;
+mod loom;
 mod models;
 mod mutants;
 mod qemu;
@@ -40,6 +41,7 @@ enum Command {
     Bench(bench::Bench),
     Test(test::Test),
     Models(models::Models),
+    Loom(loom::Loom),
     Mutants(mutants::Mutants),
     Walks(walks::Walks),
     /// Checks formatting, lints and documentation
@@ -54,6 +56,7 @@ fn main() -> ExitCode {
         Command::Test(test) => test::command(test),
         Command::Lint => lint::command(),
         Command::Models(models) => models::command(models),
+        Command::Loom(loom) => loom::command(loom),
         Command::Mutants(mutants) => mutants::command(mutants),
         Command::Walks(walks) => walks::command(walks),
     });

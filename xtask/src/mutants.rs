@@ -40,7 +40,7 @@ enum Witness {
     Scenario(String),
     /// A test of the library, by its name.
     Test(String),
-    /// A model of `cargo xtask loom`, which runs it with the mutant itself.
+    /// A room of models that `cargo xtask loom` explores with the mutant.
     Loom(String),
 }
 
@@ -127,6 +127,7 @@ pub(crate) fn command(options: &Mutants) -> Result<u8> {
     }
     let wanted = |row: &&Row| options.only.as_ref().is_none_or(|text| row.mutant.contains(text));
     let rows: Vec<&Row> = rows.iter().filter(wanted).collect();
+    rows.iter().try_for_each(|row| models_catch(row))?;
     tests_pass(&rows)?;
     let limit = Duration::from_secs(options.limit);
     let jobs = jobs(&program, &rows, options.seeds);
@@ -182,6 +183,19 @@ fn tests_pass(rows: &[&Row]) -> Result<()> {
             .lines()
             .any(|line| line.starts_with("test ") && line.ends_with("... ok") && line.contains(test));
         ensure!(passed, "no test {test} passes without a mutant");
+    }
+    Ok(())
+}
+
+/// Makes sure that the rooms of models that a row names catch its mutant: `cargo xtask loom` has them do so.
+fn models_catch(row: &Row) -> Result<()> {
+    for witness in &row.witnesses {
+        if let Witness::Loom(room) = witness {
+            let file = folders::root().join("crates/vmmu/src/models").join(room).with_extension("rs");
+            let text = fs::read_to_string(&file).with_context(|| format!("no room of models is {room}"))?;
+            let named = text.contains(&format!(": {} =>", row.mutant));
+            ensure!(named, "{room}: no model there catches {}", row.mutant);
+        }
     }
     Ok(())
 }

@@ -9,8 +9,10 @@ use core::fmt;
 pub const PAGE_BYTES: u64 = 4096;
 /// log2 of [`PAGE_BYTES`].
 pub const PAGE_SHIFT: u32 = 12;
-/// Entries in a table page of every format with 64-bit entries.
-pub const ENTRIES: usize = 512;
+/// log2 of [`ENTRIES`].
+pub(crate) const INDEX_BITS: u32 = crate::sync::places(9, 2) as u32;
+/// Entries in a table page of every format with 64-bit entries: 512.
+pub const ENTRIES: usize = 1 << INDEX_BITS;
 
 macro_rules! address {
     ($(#[$doc:meta])* $name:ident) => {
@@ -186,7 +188,7 @@ impl Level {
     /// log2 of [`Level::pages`].
     #[inline(always)]
     pub const fn shift(self) -> u32 {
-        9 * (self.0 as u32 - 1)
+        INDEX_BITS * (self.0 as u32 - 1)
     }
 }
 

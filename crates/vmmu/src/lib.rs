@@ -129,7 +129,7 @@
 #![doc(html_no_source)]
 
 extern crate alloc;
-#[cfg(any(feature = "std", test))]
+#[cfg(any(feature = "std", test, loom))]
 extern crate std;
 
 // Frame numbers index tables in memory.
@@ -144,6 +144,8 @@ pub mod host;
 #[cfg(feature = "instrument")]
 pub mod instrument;
 mod memory;
+#[cfg(all(test, loom))]
+mod models;
 #[cfg(feature = "mutants")]
 pub mod mutants;
 #[cfg(not(feature = "mutants"))]

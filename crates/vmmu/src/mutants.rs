@@ -36,6 +36,12 @@ macro_rules! mutants {
 mutants! {
     /// PROTOCOLS 1: a walking section is announced without its fence.
     NoFenceWalk,
+    /// PROTOCOLS 1: an announcement is a relaxed store.
+    RelaxedAnnouncement,
+    /// PROTOCOLS 1: the end of a section is a relaxed store.
+    RelaxedEnd,
+    /// PROTOCOLS 1: a scan is a relaxed load.
+    RelaxedScan,
     /// PROTOCOLS 1: raising a section renews its generation.
     NestNewGeneration,
     /// PROTOCOLS 1: the end of a nested section takes the line out.
@@ -134,6 +140,8 @@ mutants! {
     MmioOverLeaf,
     /// T51: a wrap of the generation zaps nothing.
     NoWrapZap,
+    /// T154: an entry is read by a relaxed load.
+    RelaxedEntry,
     /// T95: entries of a removed table are emptied, not frozen.
     EmptiedNotFrozen,
     /// T99b, T148h: a large leaf takes a table's place without a flush.

@@ -4,15 +4,15 @@
 //! Invariant: no counter costs a locked operation; a sum taken while readers run is a moment's approximation.
 
 use crate::addr::PageSize;
-use crate::sync::{AtomicU64, Ordering::Relaxed};
+use crate::sync::{Ordering::Relaxed, Tally};
 
 /// A counter that only its owner writes and anybody reads.
 #[derive(Debug)]
-pub(crate) struct Counter(AtomicU64);
+pub(crate) struct Counter(Tally);
 
 impl Counter {
     const fn new() -> Self {
-        Self(AtomicU64::new(0))
+        Self(Tally::new(0))
     }
     /// Adds, by the owner.
     #[inline(always)]

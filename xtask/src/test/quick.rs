@@ -39,6 +39,7 @@ pub(crate) fn steps() -> Vec<Step> {
             "one preemption at every atomic access of every operation",
             "test --package vmmu --features instrument,mutants --test preempted --locked",
         ),
+        Step::xtask("the library's protocols, explored by loom", "loom"),
         Step::cargo("the library builds without std", "check --package vmmu --no-default-features --locked"),
         Step::cargo(
             "the example that embeds the library runs",

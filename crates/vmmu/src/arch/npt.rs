@@ -18,7 +18,7 @@
 //! 11. Links carry full permissions but for W, which lazy write protection may take away.
 
 use super::entry::{Entry, Format, Leaf, MMIO_GENERATION_MASK, Mmio, Raw, Writable};
-use crate::addr::{Gfn, Hpa, Level, PAGE_SHIFT, Pfn};
+use crate::addr::{Gfn, Hpa, INDEX_BITS, Level, PAGE_SHIFT, Pfn};
 use crate::error::ConfigError;
 
 const PRESENT: u64 = 1 << 0;
@@ -70,7 +70,9 @@ impl Npt {
             return Err(ConfigError::PhysBits(phys_bits));
         }
         // A 4-level table reaches 48 bits, whatever the processor's addresses have.
-        let (root, bits) = if five_levels { (Level::L5, phys_bits) } else { (Level::L4, phys_bits.min(48)) };
+        let reach = (PAGE_SHIFT + 4 * INDEX_BITS) as u8;
+        let (root, bits) =
+            if five_levels { (Level::L5, phys_bits) } else { (Level::L4, phys_bits.min(reach)) };
         let max_gfn = Gfn::new((1u64 << (u32::from(bits) - PAGE_SHIFT)) - 1);
         Ok(Self { root, phys_bits, max_gfn })
     }

@@ -30,7 +30,7 @@ pub(crate) struct InvalidationSequence {
 pub(crate) struct Snapshot(u64);
 
 impl InvalidationSequence {
-    pub(crate) const fn new() -> Self {
+    pub(crate) fn new() -> Self {
         Self {
             open: AtomicU64::new(0),
             start: AtomicU64::new(0),

@@ -165,10 +165,10 @@ impl Slots {
 
 impl Drop for Slots {
     fn drop(&mut self) {
-        for set in &mut self.sets {
+        for set in &self.sets {
             // SAFETY: the pointer came from `Box::into_raw` and is owned here; `&mut self` proves that no reader
             // is left.
-            drop(unsafe { Box::from_raw(*set.get_mut()) });
+            drop(unsafe { Box::from_raw(set.load(Relaxed)) });
         }
     }
 }

@@ -1,15 +1,24 @@
-//! The atomics of the library: `core`'s own, or the same with every access watched.
+//! The atomics of the library: `core`'s own, the same with every access watched, or loom's.
 //!
 //! Watched are unit tests, which count read-modify-writes, and builds with the `instrument` feature, where a
-//! scheduler may switch tasks before each access and holds back stores. Invariant: both kinds have one surface,
-//! so that the shipped source is the checked source.
+//! scheduler may switch tasks before each access and holds back stores. With `--cfg loom` they are loom's, which
+//! explores every order that the language allows (`modelled`). Invariant: all kinds have one surface, so that the
+//! shipped source is the checked source; but for loom's, whose `new` is not `const`.
 
-#[cfg(not(any(test, feature = "instrument")))]
+#[cfg(loom)]
+pub(crate) use super::modelled::{AtomicBool, AtomicPtr, AtomicU32, AtomicU64};
+#[cfg(not(any(test, feature = "instrument", loom)))]
 pub(crate) use core::sync::atomic::{AtomicBool, AtomicPtr, AtomicU32, AtomicU64};
-#[cfg(any(test, feature = "instrument"))]
+#[cfg(all(any(test, feature = "instrument"), not(loom)))]
 pub(crate) use watched::{AtomicBool, AtomicPtr, AtomicU32, AtomicU64};
 
-#[cfg(any(test, feature = "instrument"))]
+/// A word by which nobody orders anything: a count for people, or the next of some numbers. Models leave it out.
+#[cfg(not(loom))]
+pub(crate) type Tally = AtomicU64;
+#[cfg(loom)]
+pub(crate) type Tally = core::sync::atomic::AtomicU64;
+
+#[cfg(all(any(test, feature = "instrument"), not(loom)))]
 mod watched {
     use core::sync::atomic::Ordering;
 
@@ -54,9 +63,6 @@ mod watched {
                 ) -> Result<$value, $value> {
                     locked();
                     self.0.compare_exchange(old, new, ok, fail)
-                }
-                pub(crate) fn get_mut(&mut self) -> &mut $value {
-                    self.0.get_mut()
                 }
                 $(pub(crate) fn $rmw(&self, v: $value, order: Ordering) -> $value {
                     locked();
@@ -103,9 +109,6 @@ mod watched {
         ) -> Result<*mut T, *mut T> {
             locked();
             self.0.compare_exchange(old, new, ok, fail)
-        }
-        pub(crate) fn get_mut(&mut self) -> &mut *mut T {
-            self.0.get_mut()
         }
     }
 

@@ -5,6 +5,7 @@
 //! | room | holds |
 //! |---|---|
 //! | `atomic` | `core`'s atomics, or the same watched: counted in unit tests, scheduled under `instrument` |
+//! | `modelled` | loom's, for `--cfg loom` |
 //! | `order` | the lock-order checker of debug builds |
 //! | `cost` | what a path spent in fences and locked operations, in unit tests |
 //!
@@ -18,9 +19,11 @@ use core::ops::{Deref, DerefMut};
 mod atomic;
 #[cfg(test)]
 pub(crate) mod cost;
+#[cfg(loom)]
+pub(crate) mod modelled;
 pub(crate) mod order;
 
-pub(crate) use atomic::{AtomicBool, AtomicPtr, AtomicU32, AtomicU64};
+pub(crate) use atomic::{AtomicBool, AtomicPtr, AtomicU32, AtomicU64, Tally};
 pub(crate) use core::sync::atomic::Ordering;
 
 use Ordering::{Acquire, Relaxed, Release};
@@ -32,7 +35,10 @@ pub(crate) fn full_fence() {
     cost::add_fence();
     #[cfg(feature = "instrument")]
     crate::instrument::fence();
+    #[cfg(not(loom))]
     core::sync::atomic::fence(Ordering::SeqCst);
+    #[cfg(loom)]
+    modelled::fence();
 }
 
 /// Lets another processor or thread get on while this one waits in a loop.
@@ -42,10 +48,18 @@ pub(crate) fn relax() {
     if crate::instrument::relax() {
         return;
     }
-    #[cfg(feature = "std")]
+    #[cfg(loom)]
+    loom::thread::yield_now();
+    #[cfg(all(feature = "std", not(loom)))]
     std::thread::yield_now();
-    #[cfg(not(feature = "std"))]
+    #[cfg(not(any(feature = "std", loom)))]
     core::hint::spin_loop();
+}
+
+/// How many places an array has: as many as it is shipped with, or, for loom, which looks at each of them in every
+/// schedule, as many as a model uses.
+pub(crate) const fn places(shipped: usize, modelled: usize) -> usize {
+    if cfg!(loom) { modelled } else { shipped }
 }
 
 /// The place of a lock in the order of PROTOCOLS 6: a thread takes only locks of a higher rank than those it
@@ -75,7 +89,7 @@ unsafe impl<T: Send> Sync for Mutex<T> {}
 
 impl<T> Mutex<T> {
     /// An unlocked mutex around `value`.
-    pub(crate) const fn new(rank: Rank, value: T) -> Self {
+    pub(crate) fn new(rank: Rank, value: T) -> Self {
         Self { locked: AtomicBool::new(false), rank, value: UnsafeCell::new(value) }
     }
 

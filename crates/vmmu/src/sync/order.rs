@@ -1,14 +1,14 @@
 //! The lock-order checker: what a thread holds and is in, in debug builds with `std`; nothing elsewhere
-//! (PROTOCOLS 6).
+//! (PROTOCOLS 6). Nothing under loom either, all of whose threads are one to the system.
 //!
 //! Invariant: every check is about the calling thread, or, under `instrument`, the calling task.
 
-#[cfg(all(debug_assertions, feature = "std"))]
+#[cfg(all(debug_assertions, feature = "std", not(loom)))]
 pub(crate) use checked::*;
-#[cfg(not(all(debug_assertions, feature = "std")))]
+#[cfg(not(all(debug_assertions, feature = "std", not(loom))))]
 pub(crate) use unchecked::*;
 
-#[cfg(all(debug_assertions, feature = "std"))]
+#[cfg(all(debug_assertions, feature = "std", not(loom)))]
 mod checked {
     use crate::sync::Rank;
     use alloc::sync::{Arc, Weak};
@@ -102,7 +102,7 @@ mod checked {
     }
 }
 
-#[cfg(not(all(debug_assertions, feature = "std")))]
+#[cfg(not(all(debug_assertions, feature = "std", not(loom))))]
 mod unchecked {
     use crate::sync::Rank;
 

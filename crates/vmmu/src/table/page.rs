@@ -7,10 +7,12 @@ use super::arena::{FreePage, Tables};
 use crate::addr::{ENTRIES, Hpa};
 use crate::arch::entry::Raw;
 use crate::host::Host;
+use crate::mutants::Mutant::RelaxedEntry;
+use crate::mutants::mutant;
 use crate::sync::{AtomicU64, Ordering};
 use crate::tlb::lock::{Exclusive, Shared};
 use crate::tlb::reader::Walking;
-use Ordering::{AcqRel, Acquire};
+use Ordering::{AcqRel, Acquire, Relaxed};
 
 /// Proof that table pages which entries lead to are not reused for now.
 pub(crate) trait Section {}
@@ -27,7 +29,7 @@ impl EntryCell {
     /// Reads it; what it links to is visible (T154).
     #[inline(always)]
     pub(crate) fn load(&self) -> Raw {
-        Raw(self.0.load(Acquire))
+        Raw(self.0.load(if mutant(RelaxedEntry) { Relaxed } else { Acquire }))
     }
     /// Replaces `old` by `new`, or says what stands there instead.
     #[inline(always)]
@@ -86,11 +88,11 @@ impl<'a, H: Host> Tables<'a, H> {
     /// Writes all entries of a page that the caller owns, in order of their index.
     #[inline]
     pub(crate) fn fill_with(&self, page: &FreePage, mut value: impl FnMut(usize) -> Raw) {
-        let entries = self.host.table_ptr(page.at()).cast::<u64>();
+        let entries = self.host.table_ptr(page.at()).cast::<EntryCell>();
         for index in 0..ENTRIES {
             // SAFETY: an owned page is 4096 aligned bytes that nobody else can reach: it has passed its grace, or
             // is new; so plain writes race with nothing.
-            unsafe { entries.add(index).write(value(index).0) };
+            unsafe { entries.add(index).write(EntryCell(AtomicU64::new(value(index).0))) };
         }
     }
 }

@@ -42,7 +42,7 @@ pub(crate) struct Roots {
 }
 
 impl Roots {
-    pub(crate) const fn new() -> Self {
+    pub(crate) fn new() -> Self {
         Self { list: Mutex::new(Rank::Leaf, Vec::new()) }
     }
 

@@ -13,7 +13,7 @@ use Ordering::{AcqRel, Acquire};
 pub(crate) struct Generation(AtomicU64);
 
 impl Generation {
-    pub(crate) const fn new() -> Self {
+    pub(crate) fn new() -> Self {
         // 0 is "since before everything" in a line.
         Self(AtomicU64::new(1))
     }

@@ -49,7 +49,7 @@ pub(crate) struct Writer<'t> {
 }
 
 impl MmuLock {
-    pub(crate) const fn new() -> Self {
+    pub(crate) fn new() -> Self {
         Self { writers: Mutex::new(Rank::Writers, ()), flag: AtomicBool::new(false) }
     }
 

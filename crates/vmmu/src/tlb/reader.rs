@@ -10,11 +10,13 @@
 use super::Tlb;
 use super::generation::Generation;
 use crate::addr::Hpa;
-use crate::mutants::Mutant::{NestEndOut, NestNewGeneration, NewerBefore, NoFenceWalk};
+use crate::mutants::Mutant::{
+    NestEndOut, NestNewGeneration, NewerBefore, NoFenceWalk, RelaxedAnnouncement, RelaxedEnd, RelaxedScan,
+};
 use crate::mutants::mutant;
 use crate::names::VcpuId;
 use crate::stats::Counters;
-use crate::sync::{AtomicBool, AtomicPtr, AtomicU32, AtomicU64, Ordering, full_fence};
+use crate::sync::{AtomicBool, AtomicPtr, AtomicU32, AtomicU64, Ordering, full_fence, places};
 use Ordering::{AcqRel, Acquire, Relaxed, Release};
 use alloc::boxed::Box;
 use core::fmt;
@@ -122,7 +124,7 @@ impl Line {
     /// The announcement, as a scan reads it.
     #[inline]
     pub(crate) fn announcement(&self) -> Announcement {
-        Announcement(self.state.load(Acquire))
+        Announcement(self.state.load(if mutant(RelaxedScan) { Relaxed } else { Acquire }))
     }
 
     /// The announcement, as its owner reads it.
@@ -201,7 +203,8 @@ impl Line {
             let since = if renew { generation.now() } else { before.since() };
             // Release: the end of the section before was one, and a scan that reads this announcement instead of
             // that end must see what was done before it all the same.
-            self.state.store(Announcement::new(state, since).0, Release);
+            let order = if mutant(RelaxedAnnouncement) { Relaxed } else { Release };
+            self.state.store(Announcement::new(state, since).0, order);
         }
         before
     }
@@ -209,7 +212,7 @@ impl Line {
     #[inline]
     pub(super) fn restore(&self, before: Announcement) {
         let before = if mutant(NestEndOut) { Announcement::OUT } else { before };
-        self.state.store(before.0, Release);
+        self.state.store(before.0, if mutant(RelaxedEnd) { Relaxed } else { Release });
     }
 
     /// Announces the guest, before the generation is known. The caller must fence, then publish.
@@ -276,7 +279,7 @@ impl Drop for SlotSection<'_> {
 }
 
 /// Lines in one piece of the slab.
-const CHUNK_LINES: usize = 16;
+const CHUNK_LINES: usize = places(16, 4);
 
 struct Chunk {
     lines: [Line; CHUNK_LINES],
@@ -289,7 +292,7 @@ pub(crate) struct Readers {
 }
 
 impl Readers {
-    pub(crate) const fn new() -> Self {
+    pub(crate) fn new() -> Self {
         Self { first: AtomicPtr::new(ptr::null_mut()) }
     }
 
@@ -340,7 +343,7 @@ impl Readers {
 
 impl Drop for Readers {
     fn drop(&mut self) {
-        let mut chunk = *self.first.get_mut();
+        let mut chunk = self.first.load(Relaxed);
         while !chunk.is_null() {
             // SAFETY: the chunk came from `Box::into_raw` in `grow`, is linked once, and `&mut self` proves
             // that no reference to it is left.

@@ -82,7 +82,7 @@ pub(crate) struct Reclaim {
 }
 
 impl Reclaim {
-    pub(crate) const fn new() -> Self {
+    pub(crate) fn new() -> Self {
         Self { queue: Mutex::new(Rank::Leaf, PageList::new()), waiting: AtomicU64::new(0) }
     }
 

@@ -9,7 +9,7 @@
 
 use crate::mutants::Mutant::{DropPaysWrap, OldNoteNoFlush, RootKeepsTag, TrustAcrossEras};
 use crate::mutants::mutant;
-use crate::sync::{AtomicU64, Ordering};
+use crate::sync::{Ordering, Tally};
 use alloc::boxed::Box;
 use alloc::vec;
 use core::marker::PhantomData;
@@ -23,7 +23,7 @@ pub(crate) struct Identity(u64);
 
 impl Identity {
     pub(crate) fn new() -> Self {
-        static NEXT: AtomicU64 = AtomicU64::new(1);
+        static NEXT: Tally = Tally::new(1);
         Self(NEXT.fetch_add(1, Ordering::Relaxed))
     }
     pub(crate) fn number(self) -> u64 {
