@@ -1,9 +1,9 @@
 //! Everything that a contributor or CI does with vmmu, as one program: `cargo xtask COMMAND`.
 //!
 //! `boot` runs a guest under the hypervisor, `bench` measures, `test` proves, `models` checks the protocols, `loom`
-//! the code that follows them, `mutants` breaks rules to see them noticed, `walks` compares the model of the processor
-//! with others'. Each needs nothing prepared: what is missing is built, downloaded under the target folder, or named
-//! with the command that installs it.
+//! the code that follows them, `sim` simulates, `mutants` breaks rules to see them noticed, `walks` compares the model
+//! of the processor with others'. Each needs nothing prepared: what is missing is built, downloaded under the target
+//! folder, or named with the command that installs it.
 #![forbid(unsafe_code)]
 
 mod artifacts;
@@ -18,6 +18,7 @@ mod models;
 mod mutants;
 mod qemu;
 mod screen;
+mod sim;
 mod test;
 mod units;
 mod walks;
@@ -41,6 +42,7 @@ enum Command {
     Bench(bench::Bench),
     Test(test::Test),
     Models(models::Models),
+    Sim(sim::Sim),
     Loom(loom::Loom),
     Mutants(mutants::Mutants),
     Walks(walks::Walks),
@@ -56,6 +58,7 @@ fn main() -> ExitCode {
         Command::Test(test) => test::command(test),
         Command::Lint => lint::command(),
         Command::Models(models) => models::command(models),
+        Command::Sim(sim) => sim::command(sim),
         Command::Loom(loom) => loom::command(loom),
         Command::Mutants(mutants) => mutants::command(mutants),
         Command::Walks(walks) => walks::command(walks),

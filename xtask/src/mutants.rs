@@ -31,7 +31,7 @@ pub(crate) struct Mutants {
 }
 
 /// Steps, at most, until a scenario's seed has to notice; the same seed passes as many without a mutant.
-const STEPS: &str = "100000";
+const STEPS: &str = "400000";
 
 /// Who notices.
 #[derive(Clone, PartialEq, Eq, Debug)]

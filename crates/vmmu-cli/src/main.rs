@@ -1,6 +1,7 @@
 //! `vmmu`: the library on a software machine, for people. `cargo run --release` alone simulates for a minute.
 //!
-//! Results go to standard output, progress to standard error. Status: 0 nothing wrong, 1 a violation, 2 a bad line.
+//! Results go to standard output, progress to standard error. Status: 0 nothing wrong, 1 a violation or too
+//! little done for a floor, 2 a bad line.
 #![forbid(unsafe_code)]
 
 mod simulate;

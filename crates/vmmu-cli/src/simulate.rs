@@ -53,6 +53,13 @@ pub(crate) struct Options {
     /// Tells a violation as it was found, without making its history smaller
     #[arg(long)]
     as_found: bool,
+    /// Fails where anything that the library can be made to do happened less often than N times, tables were freed and
+    /// used again less often than 10 N times, or less than half of the guest accesses reached memory
+    #[arg(long, value_name = "N")]
+    floor: Option<u64>,
+    /// Tells how often each thing happened
+    #[arg(long)]
+    coverage: bool,
     /// Prints one JSON object
     #[arg(long)]
     json: bool,
@@ -94,6 +101,8 @@ impl Options {
             mutant: None,
             threads: None,
             as_found: false,
+            floor: None,
+            coverage: false,
             json: false,
         }
     }
@@ -206,14 +215,21 @@ pub(crate) fn command(options: &Options) -> ExitCode {
         let mutant = options.mutant.map(|m| format!(" --mutant {}", m.name())).unwrap_or_default();
         format!("cargo run --release -- sim {case}{mutant}")
     });
+    let below = totals.below(options.floor.unwrap_or(0));
     let story = failure.as_ref().and_then(|(_, ended)| ended.violation.as_deref());
     if options.json {
-        println!("{}", summary::object(&totals, elapsed, story.zip(replay.as_deref())));
+        println!("{}", summary::object(&totals, elapsed, options.floor, story.zip(replay.as_deref())));
     } else {
         print!("{}", summary::table(&totals, elapsed));
+        if options.coverage {
+            print!("{}", summary::coverage(&totals, options.floor));
+        }
+        for summary::Below { what, count, least } in &below {
+            println!("{} {what}: {count}, not {least}", console::style("below the floor:").red());
+        }
         if let Some((story, replay)) = story.zip(replay.as_deref()) {
             println!("\n{}\n{story}\nreplay: {replay}", console::style("a violation").red().bold());
         }
     }
-    if failure.is_some() { ExitCode::FAILURE } else { ExitCode::SUCCESS }
+    if failure.is_some() || !below.is_empty() { ExitCode::FAILURE } else { ExitCode::SUCCESS }
 }

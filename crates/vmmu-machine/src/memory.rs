@@ -61,6 +61,20 @@ impl Memory {
         Self { top: directory(TOP_BITS) }
     }
 
+    /// Makes everything zeroes again; what was touched stays allocated, and where it is.
+    pub fn clear(&mut self) {
+        fn below<T>(lazy: &mut [Lazy<T>]) -> impl Iterator<Item = &mut T> {
+            lazy.iter_mut().filter_map(OnceLock::get_mut).flatten()
+        }
+        for middle in below(&mut self.top) {
+            for low in middle.get_mut().into_iter().flatten() {
+                for page in low.get_mut().into_iter().flatten() {
+                    page.0.iter_mut().for_each(|word| *word.get_mut() = 0);
+                }
+            }
+        }
+    }
+
     /// The page, if it was ever touched.
     #[inline]
     fn existing(&self, pfn: u64) -> Option<&Page> {

@@ -1,56 +1,120 @@
-//! Who acts: vCPUs, movers of pages, whoever changes slots, whoever zaps.
+//! Who acts: vCPUs, whoever changes slots, whoever zaps.
 //!
 //! Each actor is one task: a loop of operations with a boundary between them. Invariant: the model is told of a
 //! change exactly when the library's contract lets it count (see [`crate::world`]).
 
 use crate::fetch;
-use crate::history::{Accesses, Stage};
-use crate::host::POISON;
+use crate::frames;
+use crate::history::Stage;
 use crate::oracle;
 use crate::random::Random;
+use crate::rates::Spread;
+use crate::software;
 use crate::story::Violation;
-use crate::world::{Page, SimBacking, Slot};
-use std::sync::{Arc, Mutex};
+use crate::world::{SimBacking, Slot};
+use std::sync::Arc;
 use vmmu::{
-    EntryFlush, Error, Fault, Gfn, GfnRange, Gpa, Level, Outcome, PageSize, Pfn, Region, RegionFlags,
-    ResolveError, SlotError, SlotId, Vcpu,
+    EntryFlush, Error, Fault, Gfn, Gpa, Outcome, PageSize, Region, RegionFlags, ResolveError, SlotError,
+    SlotId, Vcpu,
 };
 use vmmu_machine::{AccessKind, NestedTables, NptContext, PhysicalTag, Registers, TlbControl};
 
 /// Guest frames that histories use, in 2 MiB blocks far apart, so that tables come and go.
 const PLACES: [u64; 6] = [0, 512, 1024, 1 << 18, (1 << 18) + 512, 1 << 27];
+/// Two of them that share no table but the root.
+const NARROW: [u64; 2] = [0, 1 << 18];
+/// Where slots of 1 GiB are made, and their pages.
+const GIANTS: [u64; 3] = [1 << 18, 1 << 27, (1 << 27) + (1 << 18)];
+const GIANT: u64 = PageSize::Size1G.pages();
+/// Places far from each other, 512 GiB apart, beyond all slots.
+const FAR: u64 = 120;
+/// A frame that no processor of the simulation can name.
+const BEYOND: u64 = 1 << 34;
+
+/// Places that slots and accesses have in this history.
+fn places(stage: &Stage) -> &'static [u64] {
+    match stage.rates.spread {
+        Spread::Narrow => &NARROW,
+        Spread::Wide | Spread::Far | Spread::Spot => &PLACES[..stage.rates.places],
+    }
+}
+
+/// Whether vCPUs are spread over many pages.
+pub(crate) fn is_wide(stage: &Stage) -> bool {
+    matches!(stage.rates.spread, Spread::Wide | Spread::Far)
+}
 
 /// A guest frame: mostly one of few in a slot, as guests know their memory; now and then any.
-fn some_gfn(stage: &Stage, random: &mut Random) -> u64 {
-    let within = if random.one_in(12) { random.below(520) } else { random.below(6) };
+pub(crate) fn some_gfn(stage: &Stage, random: &mut Random) -> u64 {
+    let within = match stage.rates.spread {
+        Spread::Wide | Spread::Far if random.one_in(12) => random.below(520),
+        Spread::Wide | Spread::Far => random.below(6),
+        Spread::Narrow => random.below(2),
+        Spread::Spot => 0,
+    };
+    if random.one_in(stage.rates.far) {
+        return (2 + random.below(FAR)) << 27;
+    }
     let world = stage.world.borrow();
     if world.slots.is_empty() || random.one_in(stage.rates.devices) {
-        return random.pick(&PLACES[..stage.rates.places]) + within;
+        return if random.one_in(stage.rates.beyond) { BEYOND } else { random.pick(places(stage)) } + within;
     }
     let slot = &world.slots[random.below(world.slots.len() as u64) as usize];
-    slot.gfn + within.min(slot.pages - 1)
+    let block = if slot.pages == GIANT { 512 * random.below(3) } else { 0 };
+    slot.gfn + (block + within).min(slot.pages - 1)
+}
+
+/// Whether a call failed for want of tables, as it may.
+pub(crate) fn no_tables(error: Error) -> bool {
+    matches!(error, Error::OutOfMemory | Error::MemoryLimit { .. })
+}
+
+/// Whether a call failed because a backing gave no answer, as some do.
+pub(crate) fn no_answer(stage: &Stage, error: Error) -> bool {
+    use ResolveError::{Interrupted, OutOfMemory, WouldWait};
+    let why = matches!(error, Error::Backing { why: OutOfMemory | Interrupted | WouldWait, .. });
+    why && stage.rates.hesitates != 0
 }
 
 /// A virtual processor: enters, accesses memory, takes its faults, reads and writes by software.
 pub(crate) fn vcpu(stage: &Stage, mut random: Random) {
     let Ok(mut vcpu) = stage.vm.vcpu() else { return };
     let who = format!("vcpu {}", vcpu.id().number());
-    let mut last = None;
+    let (mut last, mut late, mut tries) = (None, None, 0);
+    if random.one_in(stage.rates.unprepared) {
+        guest(stage, &mut vcpu, &who, &mut random, &mut last);
+    }
     while stage.step() {
         stage.boundary();
         match vcpu.prepare() {
             Ok(()) => {}
-            Err(Error::OutOfMemory) => continue,
+            Err(error) if no_tables(error) => continue,
             Err(error) => return stage.violate(Violation::new(format!("{who}: prepare: {error}"))),
         }
         if random.one_in(stage.rates.fetches) {
             fetch::fetch(stage, &mut vcpu, &who, &mut random);
         } else if random.one_in(stage.rates.software) {
-            software(stage, &mut vcpu, &who, &mut random);
-        } else if let Some(fault) = guest(stage, &mut vcpu, &who, &mut random, &mut last)
-            && !handle(stage, &mut vcpu, &who, fault)
+            software::accesses(stage, &mut vcpu, &who, &mut random);
+        } else if let Some(fault) = guest(stage, &mut vcpu, &who, &mut random, &mut last) {
+            if !handle(stage, &mut vcpu, &who, fault) {
+                // Guests do not stay where no memory is.
+                last = None;
+            }
+            // Whoever faults again and again leaves time to those that it waits for.
+            let again = stage.rates.leaves_time && last == Some(fault.gpa().gfn().raw());
+            tries = if again { tries + 1 } else { 0 };
+            for _ in 0..random.below(1 << u64::min(tries, 3)) {
+                stage.idly(|| stage.baton.wait());
+            }
+            if late.is_none() && (fault.is_reserved() || random.one_in(8)) {
+                late = Some(fault);
+            }
+        }
+        // The same again, long after: whoever handles a fault may be stopped in between.
+        if random.one_in(stage.rates.late)
+            && let Some(fault) = late.take()
         {
-            last = None;
+            handle(stage, &mut vcpu, &who, fault);
         }
     }
 }
@@ -66,14 +130,14 @@ fn guest(
     let id = vcpu.id();
     // Between the preparation and the entry there is time.
     for _ in 0..random.below(4) {
-        stage.baton.pause();
+        stage.idly(|| stage.baton.pause());
     }
     let number = random.below(stage.processors.len() as u64) as usize;
     let physical = &stage.processors[number];
     // Somebody else is there.
     let mut tags = physical.tags.try_borrow_mut().ok()?;
     // A kick from here on ends the run, however early it comes.
-    stage.host.take_kick(id);
+    stage.host.forget_kick(id);
     let entry = vcpu.enter(&mut tags).ok()?;
     if random.one_in(stage.rates.dropped) {
         stage.tell(who, || "its entry is dropped".to_owned());
@@ -86,7 +150,7 @@ fn guest(
         std::mem::forget(entry);
         drop(tags);
         for _ in 0..random.below(20) {
-            stage.baton.pause();
+            stage.idly(|| stage.baton.pause());
         }
         // The next call closes it; nobody who waits for it gets on before.
         let _ = vcpu.prepare();
@@ -128,7 +192,7 @@ fn run(
     stage.tell(who, || format!("enters on processor {number}: tag {}, {:?}", entry.tag(), entry.flush()));
     // Between the entry and the guest's first instruction, too.
     for _ in 0..random.below(3) {
-        stage.baton.pause();
+        stage.idly(|| stage.baton.pause());
     }
     // Entering a guest serialises: whatever the task stored is visible.
     vmmu::instrument::drain(vmmu::instrument::Scheduler::task(&*stage.baton));
@@ -142,16 +206,30 @@ fn run(
         violation.what = format!("{who} enters processor {number}: {}", violation.what);
         stage.violate(violation);
     }
+    if random.one_in(stage.rates.halts) {
+        for _ in 0..random.below(100) {
+            if stage.host.is_kicked(id) || stage.rest.get() {
+                break;
+            }
+            stage.idly(|| stage.baton.pause());
+        }
+    }
     let mut fault = None;
     for _ in 0..accesses {
         if stage.host.take_kick(id) || stage.rest.get() || !stage.step() {
             break;
         }
         // Places are visited again soon, so that what is cached is used.
-        let gfn =
-            last.filter(|_| !random.one_in(stage.rates.away)).unwrap_or_else(|| some_gfn(stage, random));
-        *last = Some(gfn);
         let kind = random.pick(&[AccessKind::Read, AccessKind::Write, AccessKind::Fetch]);
+        // Or where another vCPU was just now, or still is.
+        let often = if stage.baton.has_dozer() { 2 } else { 8 };
+        let (gfn, kind) = if stage.rates.follows && random.one_in(often) {
+            stage.hot.get()
+        } else {
+            let stays = last.filter(|_| !random.one_in(stage.rates.away));
+            (stays.unwrap_or_else(|| some_gfn(stage, random)), kind)
+        };
+        *last = Some(gfn);
         let gpa = vmmu_machine::Gpa::new(gfn << 12);
         let seed = random.bits();
         let mut processor = model.borrow_mut();
@@ -178,6 +256,9 @@ fn run(
             Ok(vmmu_machine::Outcome::Translated(_)) => counted.translated += 1,
             Ok(vmmu_machine::Outcome::NestedPageFault(npf)) => {
                 counted.faulted += 1;
+                if !stage.baton.has_dozer() {
+                    stage.hot.set((gfn, kind));
+                }
                 stage.tell(who, || format!("{kind:?} of {gfn:#x} faults: {:#x}", npf.info1));
                 fault = Some(Fault::npf(Gpa::new(npf.gpa.raw()), npf.info1));
             }
@@ -190,7 +271,7 @@ fn run(
         if fault.is_some() {
             break;
         }
-        stage.baton.pause();
+        stage.idly(|| stage.baton.pause());
     }
     model.borrow_mut().exit();
     stage.processors[number].guest.set(None);
@@ -209,7 +290,7 @@ fn handle(stage: &Stage, vcpu: &mut Vcpu<crate::host::SimHost>, who: &str, fault
     let (gone, (before, openings)) = settled(false);
     let outcome = match vcpu.handle_fault(fault) {
         Ok(outcome) => outcome,
-        Err(Error::OutOfMemory) => return true,
+        Err(error) if no_tables(error) || no_answer(stage, error) => return true,
         Err(error) => {
             stage.violate(Violation::new(format!("{who}: fault at {gfn:#x}: {error}")));
             return false;
@@ -220,21 +301,24 @@ fn handle(stage: &Stage, vcpu: &mut Vcpu<crate::host::SimHost>, who: &str, fault
         Outcome::Resume => counted.resumed += 1,
         Outcome::Mmio(_) => counted.devices += 1,
         Outcome::ReadOnlyWrite(_) => counted.read_only += 1,
+        Outcome::MemoryFault(_) => counted.refused += 1,
         _ => {}
     }
     stage.accesses.set(counted);
     let unchanged = stage.world.borrow().changes == before;
     let wrong = match outcome {
-        Outcome::MemoryFault(_) => {
+        Outcome::MemoryFault(refused) => {
             let world = stage.world.borrow();
-            unchanged && world.openings == openings && !world.may_be_absent(gfn)
+            let still = unchanged && world.openings == openings;
+            refused.gpa.gfn().raw() != gfn || (still && !world.may_refuse(gfn, refused.why))
         }
         Outcome::Resume => false,
         Outcome::Mmio(_) => there && unchanged,
         Outcome::ReadOnlyWrite(_) => {
             let world = stage.world.borrow();
-            !fault.access().write
-                || (unchanged && !gone && world.allowed(gfn).all(|(_, writable)| writable) && there)
+            let writable =
+                |s: &Slot| !s.read_only && s.backing.page(gfn - s.gfn).is_some_and(|page| page.writable);
+            !fault.access().write || (unchanged && !gone && world.at(gfn).all(writable) && there)
         }
         _ => true,
     };
@@ -244,199 +328,6 @@ fn handle(stage: &Stage, vcpu: &mut Vcpu<crate::host::SimHost>, who: &str, fault
     outcome == Outcome::Resume
 }
 
-/// Reads and writes by software: never a frame that was given back.
-fn software(stage: &Stage, vcpu: &mut Vcpu<crate::host::SimHost>, who: &str, random: &mut Random) {
-    let gfn = some_gfn(stage, random);
-    let mut word = [0; 8];
-    let moment = |stage: &Stage| (stage.world.borrow().changes, stage.world.borrow().openings);
-    let before = moment(stage);
-    stage.tell(who, || format!("reads {gfn:#x} by software"));
-    match vcpu.read(Gpa::new(gfn << 12), &mut word) {
-        Ok(()) => {
-            let value = u64::from_le_bytes(word);
-            let counted = stage.accesses.get();
-            stage.accesses.set(Accesses { software: counted.software + 1, ..counted });
-            if value == POISON || value >> 32 == 0 {
-                let what = format!("{who}: software read {value:#x} at {gfn:#x}, a frame that nobody has");
-                stage.violate(Violation::new(what));
-            }
-        }
-        Err(Error::NoSlot { .. } | Error::OutOfMemory) => {}
-        Err(Error::Backing { why: ResolveError::Unbacked, .. })
-            if before != moment(stage) || stage.world.borrow().may_be_absent(gfn) => {}
-        Err(error) => stage.violate(Violation::new(format!("{who}: reading {gfn:#x}: {error}"))),
-    }
-}
-
-/// The word that every page of a backing begins with.
-fn mark(backing: u64, page: u64) -> u64 {
-    (backing + 1) << 32 | page
-}
-
-/// Fresh pages for a 2 MiB block of a slot, or for the part of it that the slot has.
-fn fresh(stage: &Stage, random: &mut Random, id: u64, gfn: u64, pages: std::ops::Range<u64>) -> Vec<Page> {
-    let whole = (gfn + pages.start).is_multiple_of(512) && pages.end - pages.start == 512;
-    let large = whole && random.one_in(stage.rates.large);
-    let writable = !random.one_in(stage.rates.read_only);
-    let slow = random.one_in(stage.rates.slow);
-    let mut world = stage.world.borrow_mut();
-    let run = if large { world.frames(512) } else { 0 };
-    pages
-        .clone()
-        .map(|page| {
-            let frame = if large { run + page - pages.start } else { world.frames(1) };
-            let pfn = Pfn::new(frame);
-            stage.host.fill(pfn, fetch::table(gfn, page).unwrap_or_else(|| mark(id, page)));
-            let size = if large { PageSize::Size2M } else { PageSize::Size4K };
-            Page { pfn, size, writable, slow, absent: false }
-        })
-        .collect()
-}
-
-/// Takes a block's frames back: nobody may reach them any more; poison first.
-fn take_back(stage: &Stage, old: &[Page]) {
-    let large = old.first().is_some_and(|page| page.size == PageSize::Size2M);
-    for page in if large { &old[..1] } else { old } {
-        if let Err(violation) = oracle::gone(stage, page.size, page.pfn) {
-            return stage.violate(violation);
-        }
-    }
-    let mut world = stage.world.borrow_mut();
-    for page in old {
-        stage.host.fill(page.pfn, POISON);
-    }
-    match old.first() {
-        Some(first) if first.size == PageSize::Size2M => world.give_back(first.pfn.raw(), 512),
-        _ => old.iter().for_each(|page| world.give_back(page.pfn.raw(), 1)),
-    }
-}
-
-/// Moves memory: takes a block away, gives it other frames, and reuses the old ones at once.
-pub(crate) fn mover(stage: &Stage, mut random: Random) {
-    while !stage.over() {
-        stage.boundary();
-        if !random.one_in(stage.rates.moves) || !stage.begin(&mut random) {
-            continue;
-        }
-        let slot = {
-            let world = stage.world.borrow();
-            match world.slots.len() {
-                0 => continue,
-                n => world.slots[random.below(n as u64) as usize].clone(),
-            }
-        };
-        let idle = random.one_in(stage.rates.idle);
-        // Half of the time where guests are most of the time.
-        let page = if random.one_in(2) { random.below(slot.pages.min(6)) } else { random.below(slot.pages) };
-        let block = GfnRange::block(Gfn::new(slot.gfn + page), Level::L2)
-            .intersect(GfnRange::with_len(Gfn::new(slot.gfn), slot.pages).unwrap_or(GfnRange::EMPTY));
-        let inside = block.start().raw() - slot.gfn..block.end().raw() - slot.gfn;
-        // A large page goes whole, wherever a move of the slot has put it, or one page of it, and the others become
-        // small where they are; of small ones sometimes one alone.
-        let Some(found) = slot.backing.pages.lock().expect("one thread").get(page as usize).copied() else {
-            continue;
-        };
-        let large = found.size == PageSize::Size2M;
-        let first = page - page.min(found.pfn.raw() % 512);
-        let split = large && !idle && random.one_in(stage.rates.splits);
-        let pages = match (large, split) {
-            (true, false) if !idle => first..first + 512,
-            (false, _) if random.one_in(3) => inside,
-            _ => page..page + 1,
-        };
-        let Some(range) = GfnRange::new(Gfn::new(slot.gfn + pages.start), Gfn::new(slot.gfn + pages.end))
-        else {
-            continue;
-        };
-        stage.tell("mover", || format!("invalidates {range:?}"));
-        let began = stage.steps.get();
-        let guard = match stage.vm.invalidate(range) {
-            Ok(guard) => guard,
-            Err(error) => return stage.violate(Violation::new(format!("invalidate: {error}"))),
-        };
-        stage.returned("invalidate", began);
-        stage.world.borrow_mut().opened(range);
-        let pause = |random: &mut Random, most| (0..random.below(most)).for_each(|_| stage.baton.pause());
-        if idle {
-            pause(&mut random, 40);
-        } else {
-            let gone = random.one_in(2);
-            if gone {
-                absent(stage, &slot, pages.clone(), true);
-            }
-            pause(&mut random, 6);
-            let whole = split.then_some(first..first + 512);
-            if let Some(old) = replace(stage, &mut random, &slot, pages.clone(), whole, large) {
-                take_back(stage, &old);
-                stage.tell("mover", || format!("moved {range:?}"));
-            } else if gone {
-                absent(stage, &slot, pages, false);
-            }
-        }
-        stage.world.borrow_mut().closes(range);
-        stage.baton.pause();
-        drop(guard);
-    }
-}
-
-/// Takes what is behind `pages` of a slot out of reach, or puts it back.
-fn absent(stage: &Stage, slot: &Slot, pages: std::ops::Range<u64>, absent: bool) {
-    let mut held = slot.backing.pages.lock().expect("one thread");
-    let span = held.get_mut(pages.start as usize..pages.end as usize).unwrap_or(&mut []);
-    for page in span {
-        page.absent = absent;
-    }
-    stage.world.borrow_mut().openings += 1;
-}
-
-/// Puts other frames behind `pages` of a slot, which are invalidated, and returns the old ones; `None` where another
-/// mover was there first, or the slot is gone. Where one page is split off a large one, `whole` is the large one.
-fn replace(
-    stage: &Stage,
-    random: &mut Random,
-    slot: &Slot,
-    pages: std::ops::Range<u64>,
-    whole: Option<std::ops::Range<u64>>,
-    large: bool,
-) -> Option<Vec<Page>> {
-    let mut held = slot.backing.pages.lock().expect("one thread");
-    if let Some(whole) = whole {
-        let block = held.get_mut(whole.start as usize..whole.end as usize)?;
-        if block.iter().any(|p| p.size != PageSize::Size2M) || block[0].pfn.raw() % 512 != 0 {
-            return None;
-        }
-    }
-    let span = held.get_mut(pages.start as usize..pages.end as usize)?;
-    let first = *span.first()?;
-    let as_was = span.iter().all(|p| (p.size == PageSize::Size2M) == large)
-        && (!large || span.len() == 1 || first.pfn.raw() % 512 == 0);
-    // The range was that of the slot's place then; it must be its only place now.
-    let stays = {
-        let world = stage.world.borrow();
-        let mut places = world.slots.iter().filter(|s| Arc::ptr_eq(&s.backing, &slot.backing)).peekable();
-        places.peek().is_some() && places.all(|s| s.gfn == slot.gfn)
-    };
-    if !as_was || !stays {
-        return None;
-    }
-    let mut old = span.to_vec();
-    let new = fresh(stage, random, slot.backing.id, slot.gfn, pages.clone());
-    for (old, new) in old.iter().zip(&new) {
-        stage.host.copy(old.pfn, new.pfn);
-    }
-    span.copy_from_slice(&new);
-    if large && pages.end - pages.start == 1 {
-        // Its neighbours stay where they are, each for itself; so is the frame that goes.
-        let start = (pages.start - first.pfn.raw() % 512) as usize;
-        held[start..start + 512].iter_mut().for_each(|page| page.size = PageSize::Size4K);
-        old[0].size = PageSize::Size4K;
-    }
-    drop(held);
-    // The right to write may be another.
-    stage.world.borrow_mut().changes += 1;
-    Some(old)
-}
-
 /// Makes, moves and deletes slots.
 pub(crate) fn slots(stage: &Stage, mut random: Random) {
     let mut backings = 0;
@@ -444,7 +335,8 @@ pub(crate) fn slots(stage: &Stage, mut random: Random) {
         stage.boundary();
         let id = random.below(u64::from(stage.rates.slots)) as u16;
         let existing = stage.world.borrow().slots.iter().position(|s| s.id == id);
-        if existing.is_some() && !random.one_in(stage.rates.slot_changes) || !stage.begin(&mut random) {
+        let rate = if existing.is_some() { stage.rates.slot_changes } else { stage.rates.empty };
+        if !random.one_in(rate) || !stage.begin(&mut random) {
             continue;
         }
         match existing {
@@ -459,14 +351,18 @@ pub(crate) fn slots(stage: &Stage, mut random: Random) {
 }
 
 fn create(stage: &Stage, random: &mut Random, id: u16, backing_id: u64) {
-    let gfn = random.pick(&PLACES[..stage.rates.places]) + if random.one_in(4) { 3 } else { 0 };
-    let pages = random.pick(stage.rates.lengths);
+    let (gfn, pages) = if random.one_in(stage.rates.giants) {
+        (random.pick(if is_wide(stage) { &GIANTS } else { &GIANTS[..1] }), GIANT)
+    } else {
+        let gfn = random.pick(places(stage)) + if random.one_in(4) { 3 } else { 0 };
+        (gfn, random.pick(stage.rates.lengths))
+    };
     let read_only = random.one_in(stage.rates.read_only);
-    let backing = Arc::new(SimBacking { id: backing_id, pages: Mutex::default(), delay: stage.rates.delay });
+    let backing = Arc::new(SimBacking::new(backing_id, stage.rates.delay, stage.rates.hesitates));
     let mut at = 0;
     while at < pages {
-        let next = ((gfn + at) / 512 + 1) * 512 - gfn;
-        let part = fresh(stage, random, backing_id, gfn, at..next.min(pages));
+        let next = if pages == GIANT { pages } else { ((gfn + at) / 512 + 1) * 512 - gfn };
+        let part = frames::fresh(stage, random, backing_id, gfn, at..next.min(pages));
         backing.pages.lock().expect("one thread").extend(part);
         at = next.min(pages);
     }
@@ -484,7 +380,10 @@ fn create(stage: &Stage, random: &mut Random, id: u16, backing_id: u64) {
     world.changes += 1;
     let at = world.slots.iter().position(|s| s.id == id).unwrap_or(0);
     match result {
-        Ok(()) => world.slots[at].settled = true,
+        Ok(()) => {
+            world.slots[at].settled = true;
+            stage.touch(gfn, pages);
+        }
         Err(Error::Slot(SlotError::Overlaps(_))) => {
             let slot = world.slots.remove(at);
             drop(world);
@@ -503,7 +402,7 @@ fn forget(stage: &Stage, slot: &Slot) {
     let mut at = 0;
     while at < pages.len() {
         let count = if pages[at].size == PageSize::Size2M { 512 } else { 1 };
-        take_back(stage, &pages[at..at + count]);
+        frames::take_back(stage, &pages[at..at + count]);
         at += count;
     }
 }
@@ -524,11 +423,12 @@ fn delete(stage: &Stage, at: usize) {
         world.changes += 1;
         world.slots.retain(|s| s.id != slot.id);
     }
+    stage.touch(slot.gfn, slot.pages);
     forget(stage, &slot);
 }
 
 fn relocate(stage: &Stage, random: &mut Random, at: usize) {
-    let gfn = random.pick(&PLACES[..stage.rates.places]);
+    let gfn = random.pick(places(stage));
     let slot = {
         let mut world = stage.world.borrow_mut();
         world.changes += 1;
@@ -548,6 +448,8 @@ fn relocate(stage: &Stage, random: &mut Random, at: usize) {
         Ok(()) | Err(Error::Slot(SlotError::Overlaps(_))) => {
             let stays = if result.is_ok() { gfn } else { slot.gfn };
             world.slots.retain(|s| s.id != slot.id);
+            stage.touch(slot.gfn, slot.pages);
+            stage.touch(gfn, slot.pages);
             world.slots.push(Slot { gfn: stays, settled: true, ..slot });
         }
         Err(error) => {

@@ -10,7 +10,7 @@ use std::fmt;
 /// What a history can be without.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
 pub enum Part {
-    /// Allocations of tables that fail.
+    /// Allocations of tables that fail, and the limit on them.
     Failures,
     /// Entries that are forgotten, not dropped.
     Forgotten,
@@ -30,13 +30,23 @@ pub enum Part {
     Speculation,
     /// Large pages that are made small in place.
     Splits,
+    /// Backings that refuse, or do not answer.
+    Refusals,
+    /// Backings that are read-only until they are written to.
+    Lazy,
+    /// Pages of 1 GiB.
+    Giants,
+    /// Kicks that take their time.
+    Delays,
+    /// Tasks that stand still for long in the middle of something.
+    Dozes,
     /// Stores that become visible late.
     LateStores,
 }
 
 impl Part {
     /// Every part, the least likely to matter first.
-    pub const ALL: [Self; 11] = [
+    pub const ALL: [Self; 16] = [
         Self::Failures,
         Self::Forgotten,
         Self::Dropped,
@@ -47,6 +57,11 @@ impl Part {
         Self::SlotChanges,
         Self::Moves,
         Self::Speculation,
+        Self::Refusals,
+        Self::Lazy,
+        Self::Giants,
+        Self::Delays,
+        Self::Dozes,
         Self::LateStores,
     ];
 
@@ -63,6 +78,11 @@ impl Part {
             Self::SlotChanges => "slot-changes",
             Self::Moves => "moves",
             Self::Speculation => "speculation",
+            Self::Refusals => "refusals",
+            Self::Lazy => "lazy",
+            Self::Giants => "giants",
+            Self::Delays => "delays",
+            Self::Dozes => "dozes",
             Self::LateStores => "late-stores",
         }
     }

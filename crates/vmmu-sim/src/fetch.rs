@@ -8,7 +8,7 @@ use crate::history::{Accesses, Stage};
 use crate::host::{POISON, SimHost, WORDS};
 use crate::random::Random;
 use crate::story::Violation;
-use vmmu::{Gva, PagingState, Vcpu};
+use vmmu::{Gpa, Gva, PagingState, Vcpu};
 
 /// CR0 with paging and protection.
 const CR0: u64 = 0x8000_0011;
@@ -40,6 +40,15 @@ pub(crate) fn fetch(stage: &Stage, vcpu: &mut Vcpu<SimHost>, who: &str, random: 
             return;
         }
         vcpu.set_paging(PagingState::new(CR0, slot.gfn << 12, 0, 0, 46));
+    }
+    if random.one_in(stage.rates.edits) {
+        // The guest's system changes a bit of the second table that no walk looks at.
+        let table = vcpu.paging_mut().cr3 >> 12;
+        if let Some(words) = self::table(table, 1) {
+            let bit = if random.one_in(2) { 1 << 9 | 1 << 41 } else { 0 };
+            stage.tell(who, || format!("changes its table at {:#x}", table + 1));
+            let _ = vcpu.write(Gpa::new((table + 1) << 12), &(words | bit).to_le_bytes());
+        }
     }
     let gva = Gva::new(random.below(4) << 12 | random.below(WORDS as u64 - 1) << 3);
     stage.tell(who, || format!("fetches at {gva}"));

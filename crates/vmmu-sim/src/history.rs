@@ -4,10 +4,13 @@
 //! the seed, so a history repeats; at rest, every few hundred steps and at the end, everything is checked whole.
 
 use crate::actors;
-use crate::case::{Case, Part};
-use crate::host::SimHost;
-use crate::oracle;
+use crate::audits;
+use crate::case::Case;
+use crate::coverage::Coverage;
+use crate::host::{self, SimHost};
+use crate::movers;
 use crate::random::Random;
+use crate::rates::Rates;
 use crate::story::{Story, Violation};
 use crate::tasks::{Baton, Tasks};
 use crate::world::{SharedWorld, World};
@@ -17,146 +20,25 @@ use std::ops::Add;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::rc::Rc;
 use std::sync::Arc;
-use vmmu::instrument::with_scheduler;
-use vmmu::{Config, PhysCpu, Stats, TableFormat, TagSet, Vm};
-use vmmu_machine::{Features, Memory, PhysicalTag, Processor, Quirks};
+use vmmu::instrument::{self, with_scheduler};
+use vmmu::{Config, GfnRange, PhysCpu, Stats, TableFormat, TagSet, Vm};
+use vmmu_machine::{AccessKind, Features, Memory, PhysicalTag, Processor, Quirks};
+
+std::thread_local! {
+    /// The memory of this thread's last history: the system gives and takes memory slowly, for one thread at a time.
+    static MEMORY: Cell<Option<Memory>> = const { Cell::new(None) };
+}
 
 /// Physical address bits of the simulated processors.
 const PHYS_BITS: u8 = 46;
 /// Steps between two looks at everything.
 const REST_EVERY: u64 = 256;
 /// Turns of tasks without a step, after which somebody is said to wait for ever.
-const PATIENCE: u32 = 200_000;
-/// Steps between two looks where guests leave only when they are kicked, and the steps for which nobody has to wait
-/// there.
+const PATIENCE: u32 = 1_000_000;
+/// Steps between two rests where guests leave only when they are kicked, and the steps for which nobody has to wait
+/// there. Everything is looked at more often, while they stay.
 const REST_EVERY_PATIENT: u64 = 1 << 14;
 const PATIENT: u64 = 10_000;
-
-/// The rates of one history, drawn from its seed.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct Rates {
-    /// A switch before one atomic access in so many.
-    pub switch: u64,
-    /// A held-back store becomes visible before one access in so many; 0: stores are not held back.
-    pub drain: u64,
-    /// Of a hundred turns, how many are those of one task for a while.
-    pub bias: u64,
-    /// Tags of each processor.
-    pub tags: u32,
-    /// Processors can flush one tag alone.
-    pub flush_by_tag: bool,
-    /// Physical processors, and vCPUs.
-    pub processors: usize,
-    /// Likewise.
-    pub vcpus: usize,
-    /// Five-level tables.
-    pub five_levels: bool,
-    /// One allocation of tables in so many fails; 0: none.
-    pub fail: u64,
-    /// Accesses of an entry, at most.
-    pub accesses: u64,
-    /// One access in so many goes elsewhere than the last.
-    pub away: u64,
-    /// A slot is changed once in so many turns.
-    pub slot_changes: u64,
-    /// Memory is moved once in so many turns of a mover.
-    pub moves: u64,
-    /// Everything is zapped once in so many turns.
-    pub zaps: u64,
-    /// One access in so many goes anywhere, not to a slot.
-    pub devices: u64,
-    /// A vCPU reads by software instead of entering once in so many turns.
-    pub software: u64,
-    /// One entry in so many is dropped without having run.
-    pub dropped: u64,
-    /// One entry in so many is forgotten.
-    pub forgotten: u64,
-    /// One access in so many has a walk ahead of it.
-    pub speculation: u64,
-    /// Guests leave only when they are kicked, or fault.
-    pub patient: bool,
-    /// A vCPU fetches instructions by the guest's own tables instead of entering once in so many turns.
-    pub fetches: u64,
-    /// How many of the places for slots are used, and how many slots there are at most.
-    pub places: usize,
-    /// Likewise.
-    pub slots: u16,
-    /// Lengths that slots have, in pages.
-    pub lengths: &'static [u64],
-    /// One block in so many that could be a large page is one.
-    pub large: u64,
-    /// One slot in so many is read-only, and one block.
-    pub read_only: u64,
-    /// One block in so many is answered only to who may wait; then it takes up to so many turns.
-    pub slow: u64,
-    /// Likewise.
-    pub delay: u64,
-    /// Who moves memory.
-    pub movers: u64,
-    /// One move in so many of a large page moves one page of it, and makes the rest small where it is.
-    pub splits: u64,
-    /// One invalidation in so many changes nothing.
-    pub idle: u64,
-}
-
-impl Rates {
-    pub(crate) fn draw(random: &mut Random) -> Self {
-        Self {
-            switch: random.pick(&[3, 8, 20, 60]),
-            drain: random.pick(&[0, 4, 60, 1000]),
-            bias: random.pick(&[0, 60, 95]),
-            tags: random.pick(&[1, 2, 3, 8]),
-            flush_by_tag: random.one_in(2),
-            processors: 1 + random.below(3) as usize,
-            vcpus: 1 + random.below(4) as usize,
-            five_levels: random.one_in(4),
-            fail: random.pick(&[0, 0, 3]),
-            accesses: random.pick(&[4, 20, 80]),
-            away: 2,
-            slot_changes: random.pick(&[20, 100, 400]),
-            moves: random.pick(&[6, 30, 150]),
-            zaps: random.pick(&[50, 300, 1000]),
-            devices: random.pick(&[12, 40]),
-            software: 8,
-            dropped: 32,
-            forgotten: 32,
-            speculation: 8,
-            patient: random.one_in(8),
-            fetches: 12,
-            places: 6,
-            slots: 4,
-            lengths: &[4, 6, 512, 520],
-            large: 2,
-            read_only: 9,
-            slow: 4,
-            delay: random.pick(&[1, 4, 40]),
-            movers: 2,
-            splits: 4,
-            idle: 8,
-        }
-    }
-
-    /// Leaves out what the case leaves out.
-    fn limit(&mut self, case: &Case) {
-        self.vcpus = self.vcpus.min(case.vcpus.max(1));
-        self.processors = self.processors.min(case.processors.max(1));
-        for part in &case.without {
-            *match part {
-                Part::Failures => &mut self.fail,
-                Part::Forgotten => &mut self.forgotten,
-                Part::Dropped => &mut self.dropped,
-                Part::Software => &mut self.software,
-                Part::Zaps => &mut self.zaps,
-                Part::SlotChanges => &mut self.slot_changes,
-                Part::Moves => &mut self.moves,
-                Part::Speculation => &mut self.speculation,
-                Part::LateStores => &mut self.drain,
-                Part::Fetches => &mut self.fetches,
-                Part::Splits => &mut self.splits,
-            } = 0;
-        }
-    }
-}
 
 /// A physical processor: its caches, and the library's tags for it.
 pub(crate) struct Physical {
@@ -183,6 +65,14 @@ pub(crate) struct Stage {
     /// Tasks that are at rest, or over.
     pub(crate) resting: Cell<usize>,
     pub(crate) accesses: Cell<Accesses>,
+    /// The last fault, or that of who stands still.
+    pub(crate) hot: Cell<(u64, AccessKind)>,
+    /// Tasks that are in no operation of the library: between two, in the guest, or over.
+    pub(crate) idle: Cell<usize>,
+    /// Guest frames of which something changed, other than an entry, since the last audit of what changed.
+    pub(crate) touched: RefCell<Vec<GfnRange>>,
+    /// Roots that had been zapped by then.
+    pub(crate) roots_gone: Cell<u64>,
     /// The step at which the last zap of everything began that is over.
     pub(crate) zapped: Cell<u64>,
 }
@@ -200,7 +90,9 @@ pub struct Accesses {
     pub devices: u64,
     /// Faults that came to a write of read-only memory.
     pub read_only: u64,
-    /// Reads by software.
+    /// Faults that the backing had no memory for.
+    pub refused: u64,
+    /// Reads and writes by software.
     pub software: u64,
     /// Instructions fetched by the guest's tables.
     pub fetched: u64,
@@ -215,6 +107,7 @@ impl Add for Accesses {
             resumed: self.resumed + other.resumed,
             devices: self.devices + other.devices,
             read_only: self.read_only + other.read_only,
+            refused: self.refused + other.refused,
             software: self.software + other.software,
             fetched: self.fetched + other.fetched,
         }
@@ -261,8 +154,22 @@ impl Stage {
     pub(crate) fn violate(&self, violation: Violation) {
         self.story.borrow_mut().violate(violation);
     }
+    /// Lets others go on while this task is in no operation of the library.
+    pub(crate) fn idly(&self, pause: impl FnOnce()) {
+        self.idle.set(self.idle.get() + 1);
+        pause();
+        self.idle.set(self.idle.get() - 1);
+    }
+    /// Notes that something changed behind these guest frames.
+    pub(crate) fn touch(&self, gfn: u64, pages: u64) {
+        let range = GfnRange::with_len(vmmu::Gfn::new(gfn), pages).unwrap_or(GfnRange::ALL);
+        self.touched.borrow_mut().push(range);
+    }
     /// Between two operations: lets others go on, and rests while everything is looked at.
     pub(crate) fn boundary(&self) {
+        self.idly(|| self.between());
+    }
+    fn between(&self) {
         self.baton.wait();
         if self.rest.get() {
             self.resting.set(self.resting.get() + 1);
@@ -285,6 +192,8 @@ pub struct Ended {
     pub stats: Stats,
     /// What guest accesses came to.
     pub accesses: Accesses,
+    /// What the library was made to do.
+    pub coverage: Coverage,
     /// What was wrong, with the last steps.
     pub violation: Option<String>,
 }
@@ -295,15 +204,24 @@ pub struct Ended {
 /// If the host of this program has no memory for the stacks of its tasks.
 pub fn run(case: &Case) -> Ended {
     let mut random = Random::new(case.seed);
-    let mut rates = Rates::draw(&mut random);
-    if let Some(scenario) = case.scenario {
-        scenario.direct(&mut rates);
-    }
+    let mut rates = match case.scenario {
+        None => Rates::draw(&mut random),
+        Some(scenario) => {
+            let mut rates = Rates::plain(&mut random);
+            scenario.direct(&mut rates);
+            rates
+        }
+    };
     rates.limit(case);
-    let memory = Arc::new(Memory::new());
-    let host = SimHost::new(Arc::clone(&memory), Random::new(random.bits()), rates.fail);
+    let memory = Arc::new(MEMORY.take().unwrap_or_default());
+    let (failures, delay) = (rates.failures, rates.kick_delay);
+    let host = SimHost::new(Arc::clone(&memory), Random::new(random.bits()), failures, delay);
     let format = if rates.five_levels { TableFormat::Npt5 } else { TableFormat::Npt4 };
-    let vm = Vm::new(host.clone(), Config::new(format, PHYS_BITS)).expect("a legal configuration");
+    let limit = if rates.limit == 0 { u64::MAX } else { rates.limit * host::BLOCK };
+    let config = Config::new(format, PHYS_BITS).memory_limit(limit).optimizations(rates.optimizations);
+    let vm = Vm::new(host.clone(), config).expect("a legal configuration");
+    // What an earlier history of this thread left behind is not this one's.
+    drop((Coverage::take(), instrument::take_changed()));
     let processors = (0..rates.processors)
         .map(|_| Physical {
             model: RefCell::new(Processor::new(Features::amd(PHYS_BITS), Quirks::NONE)),
@@ -311,7 +229,7 @@ pub fn run(case: &Case) -> Ended {
             guest: Cell::new(None),
         })
         .collect();
-    let baton = Baton::new(Random::new(random.bits()), rates.switch, rates.drain);
+    let baton = Baton::new(Random::new(random.bits()), rates.switch, rates.drain, rates.doze, rates.contend);
     let stage = Rc::new(Stage {
         vm,
         host,
@@ -326,6 +244,10 @@ pub fn run(case: &Case) -> Ended {
         rest: Cell::new(false),
         resting: Cell::new(0),
         accesses: Cell::new(Accesses::default()),
+        hot: Cell::new((0, AccessKind::Write)),
+        idle: Cell::new(0),
+        touched: RefCell::default(),
+        roots_gone: Cell::new(0),
         zapped: Cell::new(0),
     });
     let performed =
@@ -335,14 +257,23 @@ pub fn run(case: &Case) -> Ended {
         let said = said.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("something");
         stage.violate(Violation::new(format!("a panic: {said}")));
     }
+    let coverage = Coverage::take();
+    if let Some(change) = coverage.unlisted() {
+        stage.violate(Violation::new(format!("an entry changed as no operation changes it: {change}")));
+    }
     let (steps, accesses, violation) = (stage.steps.get(), stage.accesses.get(), stage.story.borrow().told());
     // Where something is wrong, tasks stand where they are, and may hold what the counters are under.
     let stats = if violation.is_none() { stage.vm.stats() } else { Stats::default() };
     let violation = match (violation, Rc::try_unwrap(stage)) {
         (None, Ok(stage)) => {
-            let host = stage.host.clone();
+            let (host, memory) = (stage.host.clone(), Arc::clone(&stage.memory));
             drop(stage);
             let lost = host.blocks_out();
+            drop(host);
+            if let Ok(mut memory) = Arc::try_unwrap(memory) {
+                memory.clear();
+                MEMORY.set(Some(memory));
+            }
             (lost != 0).then(|| format!("wrong: {lost} blocks of tables were not given back"))
         }
         (None, Err(_)) => unreachable!("every task is over"),
@@ -352,7 +283,7 @@ pub fn run(case: &Case) -> Ended {
             violation
         }
     };
-    Ended { rates, steps, stats, accesses, violation }
+    Ended { rates, steps, stats, accesses, coverage, violation }
 }
 
 /// Lets tasks go on until the history is over, or something is wrong: then they stay where they are.
@@ -363,21 +294,25 @@ fn perform(stage: &Rc<Stage>, random: &mut Random) {
     let mut spawn = |body: fn(&Stage, Random), number: u64| {
         let (stage, random) = (Rc::clone(stage), Random::new(random.bits() ^ number));
         tasks.spawn(move || {
+            stage.idle.set(stage.idle.get() - 1);
             body(&stage, random);
+            stage.idle.set(stage.idle.get() + 1);
             // Over is at rest for good.
             stage.resting.set(stage.resting.get() + 1);
         });
         count += 1;
     };
+    stage.baton.set_contenders(stage.rates.vcpus);
     for number in 0..stage.rates.vcpus as u64 {
         spawn(actors::vcpu, number);
     }
     for number in 0..stage.rates.movers {
-        spawn(actors::mover, 200 + number);
+        spawn(movers::mover, 200 + number);
     }
     spawn(actors::slots, 102);
     spawn(actors::zapper, 103);
-    let (mut turns, mut seen) = (0, 0);
+    stage.idle.set(count);
+    let (mut turns, mut seen, mut looked) = (0, 0, 0);
     while tasks.run_one() {
         if stage.story.borrow().violation.is_some() {
             return;
@@ -385,13 +320,21 @@ fn perform(stage: &Rc<Stage>, random: &mut Random) {
         if stage.rest.get() && stage.resting.get() == count {
             // Nobody is in the middle of anything: every store is visible, every invariant holds.
             for task in 1..=count {
-                vmmu::instrument::drain(task);
+                instrument::drain(task);
             }
-            if let Err(violation) = oracle::everything(stage) {
+            if let Err(violation) = audits::whole(stage) {
                 stage.violate(violation);
                 return;
             }
             stage.rest.set(false);
+        } else if stage.idle.get() == count && !instrument::holds_back_any() {
+            // Nor here, though guests may run.
+            let due = stage.rates.patient && stage.steps.get() - looked >= REST_EVERY;
+            looked = if due { stage.steps.get() } else { looked };
+            if let Err(violation) = if due { audits::whole(stage) } else { audits::changed(stage) } {
+                stage.violate(violation);
+                return;
+            }
         }
         turns = if stage.steps.get() == seen { turns + 1 } else { 0 };
         seen = stage.steps.get();
@@ -402,7 +345,7 @@ fn perform(stage: &Rc<Stage>, random: &mut Random) {
             return;
         }
     }
-    if let Err(violation) = oracle::everything(stage) {
+    if let Err(violation) = audits::whole(stage) {
         stage.violate(violation);
     }
     ManuallyDrop::into_inner(tasks);

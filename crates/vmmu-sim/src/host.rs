@@ -14,22 +14,40 @@ use vmmu_machine::Memory;
 
 /// Where blocks of tables start, and how large one is.
 const TABLES: u64 = 1 << 32;
-const BLOCK: u64 = 256 << 10;
+pub(crate) const BLOCK: u64 = 256 << 10;
 const BLOCKS: u64 = 512;
 /// Words of a guest's frame that anybody looks at: the others stay as they are, since nothing would see them.
 pub(crate) const WORDS: usize = 16;
 /// What a frame holds that no VM has.
 pub(crate) const POISON: u64 = 0xDEAD_F00D_DEAD_F00D;
 
+/// Which allocations of tables fail.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Failures {
+    /// One in so many; 0: none.
+    pub one_in: u64,
+    /// The n-th of the history, from 1 on; 0: none.
+    pub nth: u64,
+    /// And as many as this after the n-th.
+    pub then: u64,
+}
+
+impl Failures {
+    /// None fails.
+    pub const NONE: Self = Self { one_in: 0, nth: 0, then: 0 };
+}
+
 /// The host, shared by all tasks.
 #[derive(Debug)]
 pub(crate) struct Shared {
     pub(crate) memory: Arc<Memory>,
     blocks: Mutex<BTreeSet<u64>>,
-    /// One allocation in so many fails; 0: none.
-    fail_one_in: u64,
+    failures: Failures,
+    allocations: AtomicU64,
+    /// A kick reaches its vCPU within so many looks of the guest.
+    kick_delay: u64,
     random: Mutex<Random>,
-    /// For each vCPU, whether it was kicked.
+    /// For each vCPU, in how many looks a kick reaches it; 0: it was not kicked.
     kicked: [AtomicU64; 64],
 }
 
@@ -38,18 +56,31 @@ pub(crate) struct Shared {
 pub(crate) struct SimHost(pub(crate) Arc<Shared>);
 
 impl SimHost {
-    pub(crate) fn new(memory: Arc<Memory>, random: Random, fail_one_in: u64) -> Self {
+    pub(crate) fn new(memory: Arc<Memory>, random: Random, failures: Failures, kick_delay: u64) -> Self {
         Self(Arc::new(Shared {
             memory,
             blocks: Mutex::default(),
-            fail_one_in,
+            failures,
+            allocations: AtomicU64::new(0),
+            kick_delay: kick_delay.max(1),
             random: Mutex::new(random),
             kicked: [const { AtomicU64::new(0) }; 64],
         }))
     }
-    /// Whether the vCPU was kicked since it last asked.
+    /// Whether a kick reaches the vCPU now: it is under way for a while, as interrupts are, and the guest goes on.
     pub(crate) fn take_kick(&self, vcpu: VcpuId) -> bool {
-        self.0.kicked[vcpu.number() as usize].swap(0, Relaxed) != 0
+        let kicked = &self.0.kicked[vcpu.number() as usize];
+        let left = kicked.load(Relaxed);
+        kicked.store(left.saturating_sub(1), Relaxed);
+        left == 1
+    }
+    /// Whether a kick is under way.
+    pub(crate) fn is_kicked(&self, vcpu: VcpuId) -> bool {
+        self.0.kicked[vcpu.number() as usize].load(Relaxed) != 0
+    }
+    /// Takes a kick that came while the vCPU was out of the guest.
+    pub(crate) fn forget_kick(&self, vcpu: VcpuId) {
+        self.0.kicked[vcpu.number() as usize].store(0, Relaxed);
     }
     /// Blocks of tables that are out.
     pub(crate) fn blocks_out(&self) -> usize {
@@ -61,6 +92,12 @@ impl SimHost {
     /// Fills a frame of the guest, as far as anybody looks.
     pub(crate) fn fill(&self, pfn: Pfn, value: u64) {
         self.page(pfn)[..WORDS].iter().for_each(|word| word.store(value, Relaxed));
+    }
+    /// Whether a frame that nobody has is as it was left.
+    pub(crate) fn is_untouched(&self, pfn: Pfn) -> bool {
+        let words = &self.page(pfn)[..WORDS];
+        let all = |value| words.iter().all(|word| word.load(Relaxed) == value);
+        all(0) || all(POISON)
     }
     /// Copies a frame of the guest, as far as anybody looks.
     pub(crate) fn copy(&self, from: Pfn, to: Pfn) {
@@ -75,7 +112,10 @@ impl SimHost {
 unsafe impl Host for SimHost {
     fn alloc_tables(&self, order: u8, _: bool) -> Option<Hpa> {
         assert_eq!(4096u64 << order, BLOCK);
-        if self.0.random.lock().expect("one thread").one_in(self.0.fail_one_in) {
+        let Failures { one_in, nth, then } = self.0.failures;
+        let number = self.0.allocations.fetch_add(1, Relaxed) + 1;
+        let this = nth != 0 && (nth..=nth.saturating_add(then)).contains(&number);
+        if this || self.0.random.lock().expect("one thread").one_in(one_in) {
             return None;
         }
         let mut blocks = self.0.blocks.lock().expect("one thread");
@@ -98,7 +138,11 @@ unsafe impl Host for SimHost {
         Some(NonNull::from(self.page(pfn)).cast())
     }
     fn kick(&self, vcpu: VcpuId) {
-        self.0.kicked[vcpu.number() as usize].store(1, Relaxed);
+        let kicked = &self.0.kicked[vcpu.number() as usize];
+        if kicked.load(Relaxed) == 0 {
+            let delay = self.0.random.lock().expect("one thread").below(self.0.kick_delay);
+            kicked.store(1 + delay, Relaxed);
+        }
     }
     fn bug(&self, bug: &Bug) {
         panic!("the library reports a bug: {bug}");

@@ -11,10 +11,15 @@
 //! | `case` | a history as a line names it; shrinking |
 //! | `scenario` | scenes that bring few rules together often |
 //! | `history` | one seed's run: rates, tasks, rests |
-//! | `actors` | who acts |
+//! | `actors`, `movers` | who acts |
+//! | `software` | reads and writes by software |
 //! | `fetch` | instructions by the guest's own tables |
 //! | `world` | what should be |
-//! | `oracle` | whether it is |
+//! | `oracle` | whether it is, for processors |
+//! | `audits` | whether it is, for the library's tables |
+//! | `coverage` | what a campaign must reach |
+//! | `rates` | what differs between histories |
+//! | `frames` | what guests' frames hold, and who has them |
 //! | `tasks` | coroutines, and the scheduler that the library asks |
 //! | `host` | the library's host: memory, kicks, failing allocations |
 //! | `story` | the last steps, for a failure |
@@ -22,18 +27,27 @@
 //! The library knows nothing of the machine, and the machine nothing of the library; this crate alone knows both.
 
 mod actors;
+mod audits;
 mod case;
+mod coverage;
 mod fetch;
+mod frames;
 mod history;
 mod host;
+mod movers;
 mod oracle;
 mod random;
+mod rates;
 mod scenario;
+mod software;
 mod story;
 mod tasks;
 mod world;
 
 pub use case::{Case, Part};
-pub use history::{Accesses, Ended, Rates, run};
+pub use coverage::{Coverage, Group, Item, Point, Transition};
+pub use history::{Accesses, Ended, run};
+pub use host::Failures;
+pub use rates::{Rates, Spread};
 pub use scenario::Scenario;
 pub use vmmu::mutants::{Mutant, activate};

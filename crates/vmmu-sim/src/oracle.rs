@@ -4,7 +4,6 @@
 //!   (isolation) and by the right to write. At each entry, all that is held under the tag.
 //! - When an invalidation has returned, no processor in the guest leads to a frame that was taken away; when
 //!   everything was zapped, none holds anything from before.
-//! - At rest, all mappings of the library's tables, and its own audit.
 //!
 //! Invariant: an oracle changes nothing.
 
@@ -100,7 +99,7 @@ fn explained<'a>(what: String, held: impl IntoIterator<Item = &'a Held>) -> Viol
     violation
 }
 
-fn judge(stage: &Stage, gfn: u64, frame: u64, write: bool) -> Result<(), String> {
+pub(crate) fn judge(stage: &Stage, gfn: u64, frame: u64, write: bool) -> Result<(), String> {
     let world = stage.world.borrow();
     let mut frames = 0;
     for (pfn, writable) in world.allowed(gfn) {
@@ -117,31 +116,4 @@ fn judge(stage: &Stage, gfn: u64, frame: u64, write: bool) -> Result<(), String>
         0 => format!("guest frame {gfn:#x} reaches host frame {frame:#x}, and no slot is there"),
         _ => format!("guest frame {gfn:#x} reaches host frame {frame:#x}, which is not its own any more"),
     })
-}
-
-/// Judges everything, at rest.
-pub(crate) fn everything(stage: &Stage) -> Result<(), Violation> {
-    let report = stage.vm.audit().map_err(|broken| Violation::new(format!("audit: {broken}")))?;
-    let held = report.roots + report.tables + report.free + report.cached + report.retired;
-    if held != report.pages {
-        return Err(Violation::new(format!(
-            "{held} of {} table pages can be found: {report:?}",
-            report.pages
-        )));
-    }
-    let mut wrong = None;
-    let looked = stage.vm.for_each_mapping(|mapping| {
-        for page in 0..mapping.size.pages() {
-            let (gfn, frame) = (mapping.gfn.raw() + page, mapping.pfn.raw() + page);
-            if wrong.is_none()
-                && let Err(what) = judge(stage, gfn, frame, mapping.writable)
-            {
-                wrong = Some(what);
-            }
-        }
-    });
-    if let Err(error) = looked {
-        return Err(Violation::new(format!("the mappings cannot be looked at: {error}")));
-    }
-    wrong.map_or(Ok(()), |what| Err(Violation::new(what)))
 }

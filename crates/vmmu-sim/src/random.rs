@@ -21,11 +21,12 @@ impl Random {
     }
     /// A number below `n`, which is not 0.
     pub(crate) const fn below(&mut self, n: u64) -> u64 {
-        self.bits() % n
+        // The high half of the product: a division is what a simulation would spend most of its time on.
+        ((self.bits() as u128 * n as u128) >> 64) as u64
     }
     /// True once in `n`; never where `n` is 0.
     pub(crate) const fn one_in(&mut self, n: u64) -> bool {
-        n != 0 && self.bits().is_multiple_of(n)
+        n != 0 && self.below(n) == 0
     }
     /// One of `choices`.
     pub(crate) fn pick<T: Copy>(&mut self, choices: &[T]) -> T {

@@ -7,8 +7,12 @@
 use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::rc::Rc;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex};
 use vmmu::{Backing, Gfn, GfnRange, PageSize, Pfn, ResolveError, ResolveRequest, Resolved};
+
+/// Frames of 2 MiB.
+const BLOCK: u64 = 512;
 
 /// One page of a backing.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -20,24 +24,53 @@ pub(crate) struct Page {
     pub(crate) slow: bool,
     /// Nothing is behind it just now: it is on its way to other frames.
     pub(crate) absent: bool,
+    /// Says "read-only" to who reads, and gives who writes pages of at most this size.
+    pub(crate) lazily: Option<PageSize>,
+    /// Has no frame for the guest.
+    pub(crate) refuses: Option<ResolveError>,
 }
 
 /// A backing whose pages tasks change under invalidations.
 #[derive(Debug)]
 pub(crate) struct SimBacking {
     pub(crate) id: u64,
+    /// All pages, or the first alone where it is one of 1 GiB, and the others follow it.
     pub(crate) pages: Mutex<Vec<Page>>,
     /// Turns that an answer takes where it may wait, at most.
-    pub(crate) delay: u64,
+    delay: u64,
+    /// One question in so many that may wait goes without an answer; 0: none.
+    hesitates: u64,
+    asked: AtomicU64,
+}
+
+impl SimBacking {
+    pub(crate) fn new(id: u64, delay: u64, hesitates: u64) -> Self {
+        Self { id, pages: Mutex::default(), delay, hesitates, asked: AtomicU64::new(0) }
+    }
+
+    /// What stands behind a page of the slot.
+    pub(crate) fn page(&self, page: u64) -> Option<Page> {
+        let pages = self.pages.lock().expect("one thread");
+        let first = *pages.first()?;
+        if first.size == PageSize::Size1G {
+            return (page < first.size.pages()).then(|| Page { pfn: first.pfn.offset(page), ..first });
+        }
+        pages.get(page as usize).copied()
+    }
+
+    /// Why this question goes without an answer, if it does.
+    fn hesitates(&self) -> Option<ResolveError> {
+        let asked = self.asked.fetch_add(1, Relaxed) + 1;
+        let kinds = [ResolveError::OutOfMemory, ResolveError::Interrupted, ResolveError::WouldWait];
+        (self.hesitates != 0 && asked.is_multiple_of(self.hesitates))
+            .then(|| kinds[(asked / self.hesitates % 3) as usize])
+    }
 }
 
 // SAFETY: tasks change a page only while an invalidation of it is held, and call blocks large only whole.
 unsafe impl Backing for SimBacking {
     fn resolve(&self, page: u64, request: ResolveRequest) -> Result<Resolved, ResolveError> {
-        let found = {
-            let pages = self.pages.lock().expect("one thread");
-            *pages.get(page as usize).ok_or(ResolveError::Unbacked)?
-        };
+        let found = self.page(page).ok_or(ResolveError::Unbacked)?;
         if found.slow && !request.may_wait {
             return Err(ResolveError::WouldWait);
         }
@@ -48,7 +81,19 @@ unsafe impl Backing for SimBacking {
         if found.absent {
             return Err(ResolveError::Unbacked);
         }
-        Ok(Resolved::new(found.pfn, found.size, found.writable))
+        if request.may_wait
+            && let Some(why) = self.hesitates()
+        {
+            return Err(why);
+        }
+        match (found.refuses, found.lazily) {
+            (Some(why), _) => Err(why),
+            (None, Some(size)) if request.write => {
+                Ok(Resolved::new(found.pfn, size.min(found.size), found.writable))
+            }
+            (None, Some(_)) => Ok(Resolved::new(found.pfn, found.size, false)),
+            (None, None) => Ok(Resolved::new(found.pfn, found.size, found.writable)),
+        }
     }
 }
 
@@ -78,6 +123,8 @@ pub(crate) struct World {
     next_frame: u64,
     /// Frames given back, by how many go together.
     free: BTreeMap<u64, Vec<u64>>,
+    /// How many single frames were given back of each block of 2 MiB.
+    singles: BTreeMap<u64, u64>,
 }
 
 /// The model, shared by tasks.
@@ -90,9 +137,9 @@ impl World {
 
     /// The frames that the guest may reach for `gfn` now, and whether it may write to them.
     pub(crate) fn allowed(&self, gfn: u64) -> impl Iterator<Item = (Pfn, bool)> {
-        self.slots.iter().filter(move |s| s.gfn <= gfn && gfn < s.gfn + s.pages).map(move |s| {
-            let page = s.backing.pages.lock().expect("one thread")[(gfn - s.gfn) as usize];
-            (page.pfn, page.writable && !s.read_only)
+        self.at(gfn).filter_map(move |s| {
+            let page = s.backing.page(gfn - s.gfn).filter(|page| page.refuses.is_none())?;
+            Some((page.pfn, page.writable && !s.read_only))
         })
     }
 
@@ -110,17 +157,15 @@ impl World {
         }
     }
 
-    /// Whether it may be said now that nothing is behind `gfn`.
-    pub(crate) fn may_be_absent(&self, gfn: u64) -> bool {
-        let absent = |slot: &Slot| {
-            slot.backing
-                .pages
-                .lock()
-                .expect("one thread")
-                .get((gfn - slot.gfn) as usize)
-                .is_none_or(|page| page.absent)
-        };
-        self.at(gfn).any(absent) && !self.open.iter().any(|range| range.contains(Gfn::new(gfn)))
+    /// Whether a backing may say `why` of `gfn` now instead of naming a frame.
+    pub(crate) fn may_refuse(&self, gfn: u64, why: ResolveError) -> bool {
+        let page = |slot: &Slot| slot.backing.page(gfn - slot.gfn);
+        if self.at(gfn).any(|slot| page(slot).is_some_and(|page| page.refuses == Some(why))) {
+            return true;
+        }
+        let absent = self.at(gfn).any(|slot| page(slot).is_none_or(|page| page.absent));
+        let open = self.open.iter().any(|range| range.contains(Gfn::new(gfn)));
+        why == ResolveError::Unbacked && absent && !open
     }
 
     /// The slots that hold `gfn`, settled or not.
@@ -131,6 +176,9 @@ impl World {
     /// `count` consecutive frames, aligned to `count`: the ones given back last first, so that frames are reused soon.
     pub(crate) fn frames(&mut self, count: u64) -> u64 {
         if let Some(first) = self.free.get_mut(&count).and_then(Vec::pop) {
+            if count == 1 {
+                self.singles.entry(first / BLOCK).and_modify(|singles| *singles -= 1);
+            }
             return first;
         }
         let first = self.next_frame.next_multiple_of(count);
@@ -141,5 +189,16 @@ impl World {
     /// Takes frames back; they must be out of everybody's reach.
     pub(crate) fn give_back(&mut self, first: u64, count: u64) {
         self.free.entry(count).or_default().push(first);
+        if count == 1 {
+            let block = first / BLOCK;
+            let singles = self.singles.entry(block).or_default();
+            *singles += 1;
+            if *singles == BLOCK {
+                // All of a large frame that was split: it is one again.
+                self.singles.remove(&block);
+                self.free.entry(1).or_default().retain(|frame| frame / BLOCK != block);
+                self.free.entry(BLOCK).or_default().push(block * BLOCK);
+            }
+        }
     }
 }

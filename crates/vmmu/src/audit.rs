@@ -5,6 +5,9 @@
 //! specification's invariant that it proves (section 24 of the two-dimensional specification: T-inv, section
 //! 21 of the memory services': M-inv).
 
+#[cfg(feature = "instrument")]
+mod changed;
+
 use crate::addr::{Gfn, GfnRange, Hpa, Level, PageSize, Pfn};
 use crate::arch::entry::{Entry, Format, Leaf, Raw, Writable};
 use crate::error::Error;

@@ -6,6 +6,8 @@
 //! that is missing shows. A thread without a scheduler is not affected. Invariant: stores of one task become
 //! visible in the order in which it made them.
 
+use crate::addr::{Gfn, Level};
+use crate::arch::entry::Entry;
 use core::cell::{Cell, RefCell};
 use core::ptr::NonNull;
 use core::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
@@ -18,6 +20,10 @@ pub trait Scheduler {
     fn task(&self) -> usize;
     /// Called before each atomic access: may switch tasks.
     fn step(&self);
+    /// Called before a compare-exchange, ahead of [`Scheduler::step`]: a good moment for somebody else to be first.
+    fn contend(&self) {}
+    /// Called before an entry of a table is read, likewise: a good moment for the table to go away.
+    fn walk(&self) {}
     /// Called where a task waits for another: must switch, or nobody gets on.
     fn relax(&self);
     /// Whose oldest store becomes visible now, if anybody's; asked until it says nobody.
@@ -50,7 +56,19 @@ impl Pending {
     }
 }
 
+/// An entry of a live table that was changed.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub struct Changed {
+    /// A guest frame that it covers.
+    pub gfn: Gfn,
+    /// The level of its table.
+    pub level: Level,
+    /// What lies below it was made with it: a table in place of a large page.
+    pub with_table: bool,
+}
+
 std::thread_local! {
+    static CHANGED: RefCell<Vec<Changed>> = const { RefCell::new(Vec::new()) };
     static SCHEDULER: Cell<Option<NonNull<dyn Scheduler>>> = const { Cell::new(None) };
     static BUFFERS: RefCell<Vec<VecDeque<Pending>>> = const { RefCell::new(Vec::new()) };
 }
@@ -78,6 +96,24 @@ pub fn with_scheduler<R>(scheduler: &dyn Scheduler, work: impl FnOnce() -> R) ->
     };
     let _restore = Restore(SCHEDULER.replace(Some(pointer)));
     work()
+}
+
+/// Notes that an entry was changed, for [`take_changed`].
+pub(crate) fn changed(gfn: Gfn, level: Level, old: Entry, new: Entry) {
+    let with_table = matches!((old, new), (Entry::Leaf(_), Entry::Link(_)));
+    if SCHEDULER.get().is_some() {
+        CHANGED.with_borrow_mut(|all| all.push(Changed { gfn, level, with_table }));
+    }
+}
+
+/// The entries of live tables that tasks of this thread changed since this was last called, in order.
+pub fn take_changed() -> Vec<Changed> {
+    CHANGED.take()
+}
+
+/// Whether some task's store is not visible yet.
+pub fn holds_back_any() -> bool {
+    BUFFERS.with_borrow(|buffers| buffers.iter().any(|buffer| !buffer.is_empty()))
 }
 
 fn commit_all(buffer: &mut VecDeque<Pending>) {
@@ -140,6 +176,17 @@ pub(crate) fn store(at: *const u8, width: usize, value: u64) -> bool {
 pub(crate) fn read_modify_write() {
     step();
     fence_only();
+}
+
+/// Before a compare-exchange: what [`read_modify_write`] is before others.
+pub(crate) fn compare_exchange() {
+    scheduler(|s| s.contend());
+    read_modify_write();
+}
+
+/// Before an entry of a table is read.
+pub(crate) fn walk() {
+    scheduler(|s| s.walk());
 }
 
 /// A full fence.

@@ -138,6 +138,11 @@ const _: () = assert!(usize::BITS == 64, "x86-64 hosts only");
 pub mod addr;
 pub mod arch;
 mod audit;
+#[cfg(feature = "instrument")]
+pub mod coverage;
+#[cfg(not(feature = "instrument"))]
+#[allow(dead_code, unreachable_pub)] // the list of points, of which nothing is left but the names
+mod coverage;
 pub mod error;
 pub mod guest;
 pub mod host;

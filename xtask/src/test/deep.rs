@@ -66,6 +66,10 @@ pub(crate) fn steps() -> Vec<Step> {
         UNDER_A_THIRD.iter().try_for_each(|name| under_a_third(&object, name))
     }));
     steps.push(Step::xtask(
+        "deep: ten million simulated steps over ten thousand seeds, everything covered a thousand times",
+        "sim --floor 1000",
+    ));
+    steps.push(Step::xtask(
         "deep: walks: the model agrees with QEMU's processor, a million times",
         "walks --walks 1000000 --seed 2 --yes",
     ));
@@ -82,6 +86,7 @@ pub(crate) fn steps() -> Vec<Step> {
         "test --package vmmu --no-default-features --lib --tests --locked",
     ));
     steps.push(Step::xtask("deep: formatting, lints and documentation", "lint"));
+    steps.push(Step::xtask("deep: each rule broken, on each of ten seeds", "mutants"));
     steps.push(Step::xtask("deep: every model of the protocols", "models all --yes"));
     steps
 }

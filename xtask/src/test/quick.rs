@@ -34,7 +34,10 @@ pub(crate) fn steps() -> Vec<Step> {
             format!("test --release {} --locked", lint::simulation()),
         ),
         Step::xtask("each rule of the library broken once, and noticed", "mutants --seeds 1"),
-        Step::cargo("simulation: half a minute of seeds", "run --release --locked -- sim --for 30"),
+        Step::xtask(
+            "simulation: fifteen hundred seeds, everything covered fifty times",
+            "sim --seeds 1500 --floor 50",
+        ),
         Step::cargo(
             "one preemption at every atomic access of every operation",
             "test --package vmmu --features instrument,mutants --test preempted --locked",

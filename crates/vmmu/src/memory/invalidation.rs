@@ -5,6 +5,7 @@
 //! the count, and a recheck reads the count (with the range) before the sequence, so no fault can miss both.
 
 use crate::addr::{Gfn, GfnRange, Level};
+use crate::coverage::{Point, hit};
 use crate::mutants::Mutant::{
     CountBeforeSequence, NoRangeRecheck, NoSequenceBump, NoSequenceRecheck, RangeShrinks, SequenceFirst,
 };
@@ -57,10 +58,15 @@ impl InvalidationSequence {
         if self.open.load(Acquire) != 0 && !mutant(NoRangeRecheck) {
             let (start, end) = (self.start.load(Acquire), self.end.load(Acquire));
             if start < range.end().raw() && range.start().raw() < end {
+                hit(Point::RangeOverlaps);
                 return false;
             }
         }
-        mutant(SequenceFirst) || mutant(NoSequenceRecheck) || self.sequence.load(Acquire) == snapshot.0
+        if mutant(SequenceFirst) || mutant(NoSequenceRecheck) || self.sequence.load(Acquire) == snapshot.0 {
+            return true;
+        }
+        hit(Point::SequenceMoved);
+        false
     }
 
     /// The largest level, up to `level`, at which the block around `gfn` has nothing of an open invalidation: a

@@ -30,6 +30,14 @@ mod watched {
         crate::instrument::read_modify_write();
     }
 
+    /// Before a compare-exchange.
+    fn contended() {
+        #[cfg(test)]
+        crate::sync::cost::add_locked();
+        #[cfg(feature = "instrument")]
+        crate::instrument::compare_exchange();
+    }
+
     macro_rules! watched {
         ($name:ident, $value:ty, [$($rmw:ident),*]) => {
             #[derive(Debug)]
@@ -61,7 +69,7 @@ mod watched {
                 pub(crate) fn compare_exchange(
                     &self, old: $value, new: $value, ok: Ordering, fail: Ordering,
                 ) -> Result<$value, $value> {
-                    locked();
+                    contended();
                     self.0.compare_exchange(old, new, ok, fail)
                 }
                 $(pub(crate) fn $rmw(&self, v: $value, order: Ordering) -> $value {
@@ -107,7 +115,7 @@ mod watched {
             ok: Ordering,
             fail: Ordering,
         ) -> Result<*mut T, *mut T> {
-            locked();
+            contended();
             self.0.compare_exchange(old, new, ok, fail)
         }
     }

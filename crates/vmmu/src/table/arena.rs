@@ -7,6 +7,7 @@
 //! pages are free and another block has free pages too, or when the VM ends.
 
 use crate::addr::{Gfn, Hpa, Level, PAGE_BYTES};
+use crate::coverage::{Point, hit};
 use crate::error::Error;
 use crate::host::Host;
 use crate::sync::{AtomicU64, Mutex, Ordering, Rank};
@@ -181,6 +182,11 @@ impl<'a, H: Host> Tables<'a, H> {
                     self.unlink(pool, block);
                     self.push_back(pool, block);
                 }
+                #[cfg(feature = "instrument")]
+                if self.record(Hpa::new(page)).generation.load(Relaxed) != 0 {
+                    // The generation of an earlier retirement.
+                    hit(Point::TableReused);
+                }
                 return Some(FreePage(Hpa::new(page)));
             }
             block = record.level.load(Relaxed);
@@ -213,6 +219,7 @@ impl<'a, H: Host> Tables<'a, H> {
             }
         };
         if whole {
+            hit(Point::BlockGivenBack);
             self.arena.blocks.fetch_sub(1, Relaxed);
             self.host.free_tables(Hpa::new(block), BLOCK_ORDER);
         }
@@ -241,6 +248,7 @@ impl<'a, H: Host> Tables<'a, H> {
             block.raw().is_multiple_of(BLOCK_BYTES) && block.raw() != 0,
             "the host's block of tables at {block} is not aligned to {BLOCK_BYTES:#x}"
         );
+        hit(Point::BlockTaken);
         let records = self.host.table_ptr(block).cast::<Record>();
         for index in 0..BLOCK_PAGES {
             let next =
@@ -333,6 +341,18 @@ impl<'a, H: Host> Tables<'a, H> {
             block = record.level.load(Relaxed);
         }
         free
+    }
+
+    /// Every block, and the free pages as the books have them: for an audit that looks at no list of pages.
+    #[cfg(feature = "instrument")]
+    pub(crate) fn blocks(&self, mut show: impl FnMut(Hpa)) -> u64 {
+        let pool = self.arena.pool.lock();
+        let mut block = pool.first;
+        while block != 0 {
+            show(Hpa::new(block));
+            block = self.record(Hpa::new(block)).level.load(Relaxed);
+        }
+        pool.free_pages
     }
 
     /// Gives every block back to the host: for the end of the VM, when no page is in use. Returns the pages that

@@ -29,6 +29,8 @@ impl EntryCell {
     /// Reads it; what it links to is visible (T154).
     #[inline(always)]
     pub(crate) fn load(&self) -> Raw {
+        #[cfg(feature = "instrument")]
+        crate::instrument::walk();
         Raw(self.0.load(if mutant(RelaxedEntry) { Relaxed } else { Acquire }))
     }
     /// Replaces `old` by `new`, or says what stands there instead.

@@ -4,6 +4,7 @@
 //! here, and the answer is carried as a [`crate::tlb::shootdown::FlushDebt`] or excused by the context. What
 //! becomes of an entry that was not present owes nothing, by the table's first row.
 
+use crate::addr::{Gfn, Level};
 use crate::arch::entry::{Entry, Leaf, Writable};
 
 /// When a flush must have happened.
@@ -42,6 +43,16 @@ pub(crate) fn judge(old: Entry, new: Entry, root_is_valid: bool) -> Result<Flush
     Ok(if root_is_valid { flush } else { Flush::None }) // T148j
 }
 
+/// Tells whoever watches the library that the entry for `gfn` at `level`, in a table that walks can reach, was changed:
+/// nothing in builds without instruments.
+#[inline(always)]
+#[cfg_attr(not(feature = "instrument"), allow(unused_variables))]
+pub(crate) fn changed(gfn: Gfn, level: Level, old: Entry, new: Entry) {
+    crate::coverage::transition(level, old, new);
+    #[cfg(feature = "instrument")]
+    crate::instrument::changed(gfn, level, old, new);
+}
+
 #[inline]
 fn leaf_to_leaf(old: Leaf, new: Leaf) -> Result<Flush, Illegal> {
     if old.pfn != new.pfn {
@@ -64,7 +75,7 @@ fn leaf_to_leaf(old: Leaf, new: Leaf) -> Result<Flush, Illegal> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::addr::{Gfn, Hpa, Pfn};
+    use crate::addr::{Hpa, Pfn};
     use crate::arch::entry::Mmio;
     use std::vec::Vec;
 

@@ -9,13 +9,14 @@ use super::zap::Removed;
 use super::{Env, Tdp};
 use crate::addr::{ENTRIES, Gfn, GfnRange, Hpa, Level, PageSize, Pfn};
 use crate::arch::entry::{Entry, Format, Leaf, Mmio, NestedAccess, Raw, Writable};
+use crate::coverage::{Point, hit};
 use crate::error::Bug;
 use crate::host::Host;
 use crate::mutants::Mutant::MmioOverLeaf;
 use crate::mutants::mutant;
 use crate::table::cache::{Cache, PreparedPage};
 use crate::table::page::{EntryCell, Section, TablePage};
-use crate::table::transition::{Flush, judge};
+use crate::table::transition::{Flush, changed, judge};
 use crate::tlb::lock::Shared;
 
 /// An entry and what it held when it was read.
@@ -181,16 +182,23 @@ impl<F: Format> Tdp<F> {
         let at = match self.descend(at, &mut Descent { env, shared, gfn, goal, split_for, cache }) {
             Ok(at) => at,
             Err(Stopped::NoTable) => return MmioMapped::NotCached,
-            Err(Stopped::Retry | Stopped::AtLeaf) => return MmioMapped::Retry,
+            Err(Stopped::AtLeaf) => {
+                hit(Point::RetryDeviceTaken);
+                return MmioMapped::Retry;
+            }
+            Err(Stopped::Retry) => return MmioMapped::Retry,
         };
         let (old, new) = (self.format.decode(at.raw, at.level), Entry::Mmio(mmio));
         let replaceable = judge(old, new, true) == Ok(Flush::None) && old != Entry::Frozen;
         if !replaceable && !mutant(MmioOverLeaf) {
+            hit(Point::RetryDeviceTaken);
             return MmioMapped::Retry;
         }
         if at.cell.compare_exchange(at.raw, self.format.encode(new, Level::L1)).is_err() {
+            hit(Point::RetryLostDevice);
             return MmioMapped::Retry;
         }
+        changed(mmio.gfn, Level::L1, old, new);
         shared.line().counters.pf_mmio_spte_created.add(1);
         MmioMapped::Created
     }
@@ -205,17 +213,22 @@ impl<F: Format> Tdp<F> {
         while at.level > to.goal {
             let below = at.level.below().ok_or(Stopped::Retry)?;
             let table = match self.format.decode(at.raw, at.level) {
-                Entry::Frozen => return Err(Stopped::Retry),
+                Entry::Frozen => {
+                    hit(Point::RetryFrozen);
+                    return Err(Stopped::Retry);
+                }
                 Entry::Link(table) => table,
-                Entry::Empty | Entry::Mmio(_) => {
+                old @ (Entry::Empty | Entry::Mmio(_)) => {
                     let page = to.cache.take().ok_or(Stopped::NoTable)?;
                     let table = page.page().at();
                     tables.describe(table, to.gfn.align_down(at.level), below);
                     let link = self.format.encode(Entry::Link(table), at.level);
                     if at.cell.compare_exchange(at.raw, link).is_err() {
                         to.cache.put_back(page);
+                        hit(Point::RetryLostLink);
                         return Err(Stopped::Retry);
                     }
+                    changed(to.gfn, at.level, old, Entry::Link(table));
                     page.into_inner().hand_over();
                     let counters = &to.shared.line().counters;
                     counters.table_pages.add(1);
@@ -258,8 +271,10 @@ impl<F: Format> Tdp<F> {
         debug_assert_eq!(judge(Entry::Leaf(leaf), link, true), Ok(Flush::None));
         if at.cell.compare_exchange(at.raw, self.format.encode(link, at.level)).is_err() {
             to.cache.put_back(PreparedPage::new(&tables, &self.format, page));
+            hit(Point::RetryLostSplit);
             return Err(Stopped::Retry);
         }
+        changed(to.gfn, at.level, Entry::Leaf(leaf), link);
         page.hand_over();
         let counters = &to.shared.line().counters;
         counters.table_pages.add(1);
@@ -293,8 +308,10 @@ impl<F: Format> Tdp<F> {
         let new = Entry::Leaf(leaf);
         debug_assert_eq!(judge(Entry::Empty, new, true), Ok(Flush::None));
         if at.cell.compare_exchange(at.raw, self.format.encode(new, at.level)).is_err() {
+            hit(Point::RetryLostInstall);
             return Mapped::Retry;
         }
+        changed(want.gfn, at.level, Entry::Empty, new);
         let counters = &shared.line().counters;
         counters.fixed(size).add(1);
         counters.pages(size).add(1);
@@ -316,7 +333,10 @@ impl<F: Format> Tdp<F> {
         let old = self.format.decode(at.raw, level);
         match old {
             Entry::Empty | Entry::Mmio(_) | Entry::Link(_) => {}
-            Entry::Frozen => return Mapped::Retry,
+            Entry::Frozen => {
+                hit(Point::RetryFrozen);
+                return Mapped::Retry;
+            }
             Entry::Leaf(old) => {
                 if old.allows(want.access) {
                     return Mapped::Spurious;
@@ -342,8 +362,10 @@ impl<F: Format> Tdp<F> {
             return Mapped::Broken(Bug::IllegalTransition { gfn, level, old: at.raw.0, new: raw.0 });
         };
         if at.cell.compare_exchange(at.raw, raw).is_err() {
+            hit(Point::RetryLostReplace);
             return Mapped::Retry;
         }
+        changed(gfn, level, old, new);
         let counters = &shared.line().counters;
         counters.fixed(size).add(1);
         if !matches!(old, Entry::Leaf(_)) {

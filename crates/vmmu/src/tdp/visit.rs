@@ -33,12 +33,24 @@ impl<F: Format> Tdp<F> {
         &self,
         env: Env<'_, H>,
         exclusive: &Exclusive<'_>,
+        show: impl FnMut(Visit) -> ControlFlow<()>,
+    ) {
+        self.for_each_entry_of(env, exclusive, GfnRange::ALL, Level::L1, show);
+    }
+
+    /// Shows every entry that is not empty, covers any of `range` and lies at `lowest` or above it, until `show` says
+    /// to stop.
+    pub(crate) fn for_each_entry_of<H: Host>(
+        &self,
+        env: Env<'_, H>,
+        exclusive: &Exclusive<'_>,
+        range: GfnRange,
+        lowest: Level,
         mut show: impl FnMut(Visit) -> ControlFlow<()>,
     ) {
         for root in self.roots.all().iter() {
             let (tables, format) = (env.tables(), &self.format);
-            let mut cursor =
-                Cursor::new(tables, format, exclusive, root.page, GfnRange::ALL, Level::L1, u64::MAX);
+            let mut cursor = Cursor::new(tables, format, exclusive, root.page, range, lowest, u64::MAX);
             while let Some(step) = cursor.next() {
                 let Step { level, gfn, raw, entry, .. } = step;
                 let (space, root_is_valid) = (root.space, root.is_valid());

@@ -9,12 +9,13 @@ use super::root::Root;
 use super::{Env, Tdp};
 use crate::addr::{ENTRIES, Gfn, GfnRange, Hpa, Level, PageSize};
 use crate::arch::entry::{Entry, Format};
+use crate::coverage::transition;
 use crate::host::Host;
 use crate::mutants::Mutant::EmptiedNotFrozen;
 use crate::mutants::mutant;
 use crate::table::cursor::{Cursor, PIECE, Resume};
 use crate::table::page::Section;
-use crate::table::transition::{Flush, judge};
+use crate::table::transition::{Flush, changed, judge};
 use crate::tlb::Tlb;
 use crate::tlb::lock::{Exclusive, Shared};
 use crate::tlb::reader::Line;
@@ -56,6 +57,11 @@ pub(crate) struct ZapProgress {
 
 impl ZapProgress {
     pub(crate) const START: Self = Self { level: Level::L2, from: Gfn::new(0) };
+
+    /// Whether a budget ended the piece, not its level.
+    pub(crate) fn is_within_a_level(self) -> bool {
+        self.from > Gfn::new(0)
+    }
 }
 
 impl<F: Format> Tdp<F> {
@@ -74,7 +80,8 @@ impl<F: Format> Tdp<F> {
                 Cursor::new(env.tables(), &self.format, exclusive, root.page, range, Level::L1, PIECE);
             while let Some(step) = cursor.next() {
                 if let (Entry::Leaf(_), Some(size)) = (step.entry, PageSize::at(step.level)) {
-                    step.cell.swap(self.format.empty());
+                    let old = self.format.decode(step.cell.swap(self.format.empty()), step.level);
+                    changed(step.gfn, step.level, old, Entry::Empty);
                     exclusive.line().counters.pages(size).sub(1);
                     // Removal is never illegal.
                     if judge(step.entry, Entry::Empty, root.is_valid()) != Ok(Flush::None) {
@@ -107,7 +114,10 @@ impl<F: Format> Tdp<F> {
         let frozen = if mutant(EmptiedNotFrozen) { Entry::Empty } else { Entry::Frozen };
         let frozen = self.format.encode(frozen, below);
         for cell in tables.page(table, section).entries() {
-            match self.format.decode(cell.swap(frozen), below) {
+            let old = self.format.decode(cell.swap(frozen), below);
+            // Nobody can reach the table any more.
+            transition(below, old, Entry::Frozen);
+            match old {
                 Entry::Leaf(_) => {
                     if let Some(size) = PageSize::at(below) {
                         counters.pages(size).sub(1);
@@ -143,7 +153,8 @@ impl<F: Format> Tdp<F> {
             if step.level != level || step.entry == Entry::Empty {
                 continue;
             }
-            step.cell.swap(self.format.empty());
+            let old = self.format.decode(step.cell.swap(self.format.empty()), level);
+            changed(step.gfn, level, old, Entry::Empty);
             match step.entry {
                 Entry::Link(table) => self.remove_table(env, shared, table, level, removed),
                 Entry::Leaf(_) => {

@@ -6,6 +6,7 @@
 
 use super::Tlb;
 use super::reader::{Announcement, Line, State};
+use crate::coverage::{Point, hit};
 use crate::host::Host;
 use crate::mutants::Mutant::{ExclusiveNoWait, NoFenceFlag, NoFenceShared, NoFlagRecheck};
 use crate::mutants::mutant;
@@ -75,6 +76,7 @@ impl MmuLock {
 
     #[cold]
     fn wait_for_writer<H: Host>(&self, host: &H) {
+        hit(Point::SharedWaits);
         while self.flag.load(Acquire) {
             host.relax();
         }
@@ -93,6 +95,7 @@ impl MmuLock {
         }
         for other in tlb.readers.iter() {
             while other.announcement().state() == State::Mapping && !mutant(ExclusiveNoWait) {
+                hit(Point::ExclusiveWaits);
                 host.relax();
             }
         }

@@ -53,6 +53,7 @@ impl Tlb {
         let epoch = self.slot_epoch.advance();
         for line in self.readers.iter() {
             while line.slot_section_older_than(epoch) && !mutant(NoSlotReaderWait) {
+                crate::coverage::hit(crate::coverage::Point::SlotReadersAwaited);
                 host.relax();
             }
         }

@@ -5,6 +5,7 @@
 //! queue only when no reader is announced since an older one.
 
 use crate::addr::Hpa;
+use crate::coverage::{Point, hit, hits};
 use crate::sync::{AtomicU64, Mutex, Ordering, Rank};
 
 /// Where the queue keeps a page's link and generation: its record.
@@ -96,6 +97,7 @@ impl Reclaim {
         if pages.count() == 0 {
             return;
         }
+        hits(Point::TableRetired, pages.count());
         let mut stamped = PageList::new();
         while let Some(page) = pages.pop(records) {
             records.generation(page).store(generation, Ordering::Relaxed);
@@ -117,6 +119,7 @@ impl Reclaim {
         let horizon = horizon();
         while let Some(page) = queue.peek() {
             if records.generation(page).load(Ordering::Relaxed) > horizon {
+                hit(Point::TableGraceLasts);
                 break;
             }
             if let Some(page) = queue.pop(records) {
@@ -124,6 +127,7 @@ impl Reclaim {
             }
         }
         self.waiting.store(queue.count(), Ordering::Relaxed);
+        hits(Point::TableFreed, ready.count());
         ready
     }
 

@@ -7,6 +7,7 @@
 use super::Tlb;
 use super::reader::{Line, State};
 use crate::addr::GfnRange;
+use crate::coverage::{Point, hit};
 use crate::host::Host;
 use crate::mutants::Mutant::{NoGrace, NoShootdownWait};
 use crate::mutants::mutant;
@@ -81,6 +82,7 @@ impl Tlb {
         for line in self.readers.iter().filter(|line| old(line)) {
             found = true;
             if let Some(vcpu) = line.vcpu() {
+                hit(Point::ShootdownKicks);
                 host.kick(vcpu);
             }
         }
@@ -88,9 +90,12 @@ impl Tlb {
             own.counters.remote_tlb_flush.add(1);
             for line in self.readers.iter() {
                 while old(line) && !mutant(NoShootdownWait) {
+                    hit(Point::ShootdownWaits);
                     host.relax();
                 }
             }
+        } else {
+            hit(Point::ShootdownAlone);
         }
         generation
     }
@@ -101,6 +106,7 @@ impl Tlb {
         assert!(own.is_out(), "grace awaited from inside a section: {own:?}");
         for line in self.readers.iter() {
             while line.announcement().is_older_than(generation) {
+                hit(Point::SettleWaits);
                 host.relax();
             }
         }

@@ -7,6 +7,7 @@
 //! note is written only by an entry that ran, and holds the generation published at that entry; the flush of
 //! everything that a wrap owes stays owed until an entry that carried it ran.
 
+use crate::coverage::{Point, hit};
 use crate::mutants::Mutant::{DropPaysWrap, OldNoteNoFlush, RootKeepsTag, TrustAcrossEras};
 use crate::mutants::mutant;
 use crate::sync::{Ordering, Tally};
@@ -168,6 +169,7 @@ impl PhysCpu {
             self.next = self.tags.first;
             self.era = Identity::new();
             self.flush_all_owed = true;
+            hit(Point::TagsWrapped);
         }
         let tag = self.next;
         self.next += 1;

@@ -8,6 +8,7 @@ use super::Vcpu;
 use crate::addr::{GfnRange, Gpa, Level, PAGE_BYTES};
 
 use crate::arch::entry::Format;
+use crate::coverage::{Point, hit};
 use crate::error::{Error, ResolveError};
 use crate::host::{Host, ResolveRequest, Resolved};
 use crate::memory::access::GuestPage;
@@ -135,19 +136,25 @@ pub(super) fn with_page<H: Host, R>(
         let set = inner.slots.read(space, &section);
         let generation = set.generation();
         let snapshot = inner.sequence.snapshot();
-        let slot = set.find(gfn, hint).ok_or(Error::NoSlot { gpa })?;
+        let Some(slot) = set.find(gfn, hint) else {
+            hit(Point::SoftwareNoSlot);
+            return Err(Error::NoSlot { gpa });
+        };
         if slot.changing {
+            hit(Point::SoftwareChanging);
             drop((section, walking));
             inner.host.relax();
             continue;
         }
         if write && slot.is_read_only() {
+            hit(Point::SoftwareReadOnly);
             return Err(Error::ReadOnly { gpa });
         }
         let (resolved, snapshot, generation) = match answer.take() {
             Some(answer) => answer,
             None => match slot.backing.resolve(slot.page(gfn), ResolveRequest::new(write, false)) {
                 Err(ResolveError::WouldWait) => {
+                    hit(Point::SoftwareAskedToWait);
                     let slot = slot.clone();
                     drop((section, walking));
                     let resolved = slot.backing.resolve(slot.page(gfn), ResolveRequest::new(write, true));
@@ -160,6 +167,7 @@ pub(super) fn with_page<H: Host, R>(
         let resolved = match resolved {
             // These say nothing about the page: no recheck makes them better.
             Err(why @ (ResolveError::OutOfMemory | ResolveError::Interrupted | ResolveError::WouldWait)) => {
+                hit(Point::SoftwareRefused);
                 return Err(Error::Backing { gfn, why });
             }
             resolved => resolved,
@@ -167,17 +175,26 @@ pub(super) fn with_page<H: Host, R>(
         let current = inner.sequence.is_current(GfnRange::block(gfn, Level::L1), snapshot)
             && inner.slots.read(space, &section).generation() == generation;
         if !current && !mutant(AccessNoRecheck) {
+            hit(Point::SoftwareOutdated);
             drop((section, walking));
             order::waits_for_invalidations();
             inner.host.relax();
             continue;
         }
         // Only now: that there is no page, or none to write to, is an answer that may be out of date (M71).
-        let resolved = resolved.map_err(|why| Error::Backing { gfn, why })?;
+        let resolved = resolved.map_err(|why| {
+            hit(Point::SoftwareRefused);
+            Error::Backing { gfn, why }
+        })?;
         if write && !resolved.writable {
+            hit(Point::SoftwareReadOnly);
             return Err(Error::ReadOnly { gpa });
         }
-        let at = inner.host.frame_ptr(resolved.pfn).ok_or(Error::Unreachable { gfn, pfn: resolved.pfn })?;
+        let Some(at) = inner.host.frame_ptr(resolved.pfn) else {
+            hit(Point::SoftwareUnreachable);
+            return Err(Error::Unreachable { gfn, pfn: resolved.pfn });
+        };
+        hit(Point::SoftwareDone);
         // SAFETY: the frame was resolved for a slot that is published now, and neither an open invalidation nor one
         // that ended since the snapshot covers it: rechecked just above, in the announced section.
         let page = unsafe { GuestPage::new(at, &walking) };

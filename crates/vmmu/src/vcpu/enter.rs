@@ -7,6 +7,7 @@
 
 use super::Vcpu;
 use crate::addr::Hpa;
+use crate::coverage::{Point, hit};
 use crate::error::Error;
 use crate::host::Host;
 use crate::mutants::Mutant::{
@@ -50,7 +51,9 @@ impl<H: Host> Vcpu<H> {
         self.own.inner().alive()?;
         // Cleared before anything is served (PROTOCOLS 3). Both requests are served by what follows: obsolete
         // roots are replaced, and the exit has happened.
-        self.own.line().take_requests();
+        if self.own.line().take_requests() != 0 {
+            hit(Point::CameOut);
+        }
         self.ensure_root()
     }
 
@@ -63,7 +66,10 @@ impl<H: Host> Vcpu<H> {
         self.close_forgotten();
         let inner = self.own.inner();
         let line = self.own.line();
-        let Some(root) = &self.root else { return Err(Again) };
+        let Some(root) = &self.root else {
+            hit(Point::AgainNoRoot);
+            return Err(Again);
+        };
         let early = if mutant(GenerationBeforeAnnounce) { inner.tlb.generation.now() } else { 0 };
         line.announce_guest(root.page);
         if !mutant(NoFenceGuest) {
@@ -73,6 +79,7 @@ impl<H: Host> Vcpu<H> {
         let requested = line.publish_guest(generation) && !mutant(NoRequestLook);
         if requested || !(root.is_valid() || mutant(NoRootLook)) {
             line.leave_guest();
+            hit(if requested { Point::AgainRequested } else { Point::AgainRootDied });
             return Err(Again);
         }
         let (root, identity) = (root.page, root.identity);
@@ -90,6 +97,7 @@ impl<H: Host> Vcpu<H> {
     pub(super) fn close_forgotten(&mut self) {
         if self.entered {
             self.entered = false;
+            hit(Point::EntryForgotten);
             order::left(&self.mark);
             if !mutant(ForgottenClean) {
                 self.note = None;
@@ -130,6 +138,18 @@ impl<H: Host> Entry<'_, H> {
         } else if self.choice.fresh {
             counters.tlb_fresh_tag.add(1);
         }
+        hit(Point::EntryRan);
+        hit(match (self.choice.flush, self.choice.fresh) {
+            (EntryFlush::None, false) => Point::FlushNothing,
+            (EntryFlush::None, true) => Point::FlushFreshTag,
+            (EntryFlush::Tag, _) => Point::FlushTag,
+            (EntryFlush::All, _) => Point::FlushAll,
+        });
+        #[cfg(feature = "instrument")]
+        {
+            // Told apart from an entry that is dropped.
+            self.vcpu.entered = false;
+        }
         let generation =
             if mutant(NoteIsNow) { self.vcpu.own.inner().tlb.generation.now() } else { self.generation };
         self.vcpu.note = Some(self.cpu.ran(self.identity, self.choice, generation));
@@ -142,6 +162,9 @@ impl<H: Host> Drop for Entry<'_, H> {
     fn drop(&mut self) {
         if mutant(DropRecorded) {
             self.vcpu.note = Some(self.cpu.ran(self.identity, self.choice, self.generation));
+        }
+        if self.vcpu.entered {
+            hit(Point::EntryDropped);
         }
         self.vcpu.entered = false;
         order::left(&self.vcpu.mark);

@@ -10,6 +10,7 @@ use super::Vcpu;
 use crate::addr::{Gfn, GfnRange, Gpa, Level};
 use crate::arch::entry::{Entry, Format, Mmio, Raw, Writable};
 use crate::arch::fault::Fault;
+use crate::coverage::{Point, hit};
 use crate::error::{Error, ResolveError};
 use crate::host::{Host, ResolveRequest, Resolved};
 use crate::memory::invalidation::Snapshot;
@@ -133,6 +134,7 @@ impl<H: Host> Vcpu<H> {
                 Pass::ReadOnly => Ok(Outcome::ReadOnlyWrite(mmio_access(fault))),
                 Pass::Refused(why) => refused(fault, why),
                 Pass::Wait(Question { slot, basis }) => {
+                    hit(Point::AskedToWait);
                     let request = ResolveRequest::new(fault.access().write, true);
                     match slot.backing.resolve(slot.page(fault.gpa().gfn()), request) {
                         // That there is no page is an answer like any other: it may be out of date (T71).
@@ -144,11 +146,19 @@ impl<H: Host> Vcpu<H> {
                     }
                 }
                 Pass::NoTable => {
-                    self.top_up()?;
+                    hit(Point::NoTablePrepared);
+                    if let Err(error) = self.top_up() {
+                        hit(match error {
+                            Error::MemoryLimit { .. } => Point::ErrorMemoryLimit,
+                            _ => Point::ErrorOutOfMemory,
+                        });
+                        return Err(error);
+                    }
                     pass = self.pass(fault, None, false);
                     continue;
                 }
                 Pass::Reserved(entry, level) => {
+                    hit(Point::ErrorReservedBits);
                     Err(Error::ReservedBits { gpa: fault.gpa(), entry: entry.0, level })
                 }
                 Pass::Broken => Err(self.broken()),
@@ -158,6 +168,7 @@ impl<H: Host> Vcpu<H> {
 
     #[cold]
     fn broken(&mut self) -> Error {
+        hit(Point::ErrorDead);
         match self.bug.take() {
             Some(bug) => self.own.inner().bug(&bug),
             None => Error::Dead,
@@ -176,12 +187,13 @@ impl<H: Host> Vcpu<H> {
             // T5: no entry of any kind may be made for it.
             counters.pf_taken.add(u64::from(first));
             counters.pf_emulate.add(1);
+            hit(Point::DeviceBeyond);
             return Pass::Mmio;
         }
         let (walking, section) = line.walk_with_slots(&inner.tlb);
         let root = match &self.root {
             Some(root) if root.is_valid() => root,
-            _ => return retry(own, gfn),
+            _ => return retry_for(Point::RetryNoRoot, own, gfn),
         };
         let set = inner.slots.read(self.space, &section);
         // Before the entry is read, so that a hit is one of this set's (PROTOCOLS 5).
@@ -199,7 +211,7 @@ impl<H: Host> Vcpu<H> {
         }
         if fault.is_reserved() && at.raw == tdp.format.empty() {
             // T49: no entry has reserved bits any more: another processor zapped it.
-            return retry(own, gfn);
+            return retry_for(Point::RetryReserved, own, gfn);
         }
         if first {
             counters.pf_taken.add(1);
@@ -213,26 +225,33 @@ impl<H: Host> Vcpu<H> {
             if cacheable {
                 let shared = inner.tlb.lock.shared(&inner.tlb, line, &inner.host);
                 let mmio = Mmio { gfn, write: access.write, generation: generation.for_mmio() };
-                let current =
-                    root.is_valid() && inner.slots.read(self.space, &section).generation() == generation;
+                if !root.is_valid() {
+                    return retry_for(Point::RetryDeviceRoot, own, gfn);
+                }
                 // A slot may be there by now (PROTOCOLS 5).
-                if !current {
-                    return retry(own, gfn);
+                if inner.slots.read(self.space, &section).generation() != generation {
+                    return retry_for(Point::RetryDeviceSlots, own, gfn);
                 }
                 match tdp.map_mmio(env, &shared, at, mmio, &mut self.cache) {
-                    MmioMapped::Created => inner.host.trace(Event::MmioMark { gfn }),
-                    MmioMapped::NotCached => {}
+                    MmioMapped::Created => {
+                        hit(Point::DeviceMarked);
+                        inner.host.trace(Event::MmioMark { gfn });
+                    }
+                    MmioMapped::NotCached => hit(Point::DeviceNoTable),
                     MmioMapped::Retry => return retry(own, gfn),
                 }
+            } else {
+                hit(Point::DeviceUncached);
             }
             counters.pf_emulate.add(1);
             return Pass::Mmio;
         };
         if slot.changing && !mutant(ChangingIgnored) {
             // T73: never MMIO, so that its translations are gone before anything else can appear.
-            return retry(own, gfn);
+            return retry_for(Point::RetryChanging, own, gfn);
         }
         if access.write && slot.is_read_only() {
+            hit(Point::ReadOnlySlot);
             counters.pf_emulate.add(1);
             return Pass::ReadOnly;
         }
@@ -246,9 +265,16 @@ impl<H: Host> Vcpu<H> {
             // An answer for another set is stale; one from before an end is refused by the recheck below.
             Some((Ok(resolved), basis)) if basis.generation == generation => (resolved, basis),
             Some((Err(why), basis)) if basis.generation == generation => {
-                return if stands(basis) { Pass::Refused(why) } else { retry(own, gfn) };
+                return if stands(basis) {
+                    Pass::Refused(why)
+                } else {
+                    retry_for(Point::RetryRefusalWaited, own, gfn)
+                };
             }
-            _ => {
+            other => {
+                if other.is_some() {
+                    hit(Point::AnswerOutdated);
+                }
                 let basis = Basis { snapshot, generation };
                 let resolved = if inner.config.optimizations.contains(Optimizations::RESOLVE_AT_ONCE) {
                     slot.backing.resolve(slot.page(gfn), ResolveRequest::new(access.write, false))
@@ -268,15 +294,22 @@ impl<H: Host> Vcpu<H> {
                     Err(why @ (ResolveError::OutOfMemory | ResolveError::Interrupted)) => {
                         return Pass::Refused(why);
                     }
-                    Err(why) => return if stands(basis) { Pass::Refused(why) } else { retry(own, gfn) },
+                    Err(why) => {
+                        return if stands(basis) {
+                            Pass::Refused(why)
+                        } else {
+                            retry_for(Point::RetryRefusalAtOnce, own, gfn)
+                        };
+                    }
                 }
             }
         };
         let writable = resolved.writable && !slot.is_read_only();
         if access.write && !writable {
             if !stands(basis) {
-                return retry(own, gfn);
+                return retry_for(Point::RetryReadOnly, own, gfn);
             }
+            hit(Point::ReadOnlyBacking);
             counters.pf_emulate.add(1);
             return Pass::ReadOnly;
         }
@@ -293,20 +326,27 @@ impl<H: Host> Vcpu<H> {
         } else {
             inner.sequence.clear_level(gfn, level)
         };
-        let Some(level) = clear else { return retry(own, gfn) };
+        let Some(clear) = clear else { return retry_for(Point::RetryRangeOpen, own, gfn) };
+        if clear < level {
+            hit(Point::BesideRange);
+        }
+        let level = clear;
         let rechecked = GfnRange::block(gfn, if mutant(PageOnlyRecheck) { Level::L1 } else { level });
-        let current = (root.is_valid() || mutant(NoRootRecheck))
-            && inner.sequence.is_current(rechecked, basis.snapshot)
-            && (inner.slots.read(self.space, &section).generation() == basis.generation
-                || mutant(NoSlotRecheck));
-        if !current {
-            return retry(own, gfn);
+        if !(root.is_valid() || mutant(NoRootRecheck)) {
+            return retry_for(Point::RetryRoot, own, gfn);
+        }
+        if !inner.sequence.is_current(rechecked, basis.snapshot) {
+            return retry_for(Point::RetrySequence, own, gfn);
+        }
+        if inner.slots.read(self.space, &section).generation() != basis.generation && !mutant(NoSlotRecheck) {
+            return retry_for(Point::RetrySlots, own, gfn);
         }
         let writable = if writable { Writable::Yes } else { Writable::No };
         let want = Wanted { gfn, pfn: resolved.pfn, level, writable, access };
         let size = match tdp.map(env, &shared, root, at, want, &mut self.cache) {
             Mapped::Fixed(size) => size,
             Mapped::Spurious => {
+                hit(Point::SpuriousUnderShared);
                 counters.pf_spurious.add(1);
                 return Pass::Resume;
             }
@@ -321,6 +361,7 @@ impl<H: Host> Vcpu<H> {
                 return Pass::Broken;
             }
         };
+        hit(Point::LeafMapped);
         inner.host.trace(Event::LeafSet {
             gfn: gfn.align_down(level),
             pfn: resolved.pfn.align_down(level),
@@ -349,18 +390,28 @@ fn already_there<H: Host>(
             }
             counters.pf_taken.add(u64::from(first));
             counters.pf_spurious.add(1);
+            hit(Point::SpuriousAtWalk);
             Some(Pass::Resume)
         }
-        Entry::Frozen => Some(retry(own, fault.gpa().gfn())),
+        Entry::Frozen => Some(retry_for(Point::RetryFrozen, own, fault.gpa().gfn())),
         Entry::Mmio(mmio)
             if (!generation.in_progress() || mutant(MmioHitInProgress))
                 && mmio.generation == generation.for_mmio() =>
         {
             counters.pf_mmio_hit.add(1);
+            hit(Point::DeviceHit);
             inner.host.trace(Event::MmioHit { gfn: mmio.gfn });
             Some(Pass::Mmio)
         }
-        _ => None,
+        Entry::Mmio(_) => {
+            hit(Point::DeviceOutdated);
+            None
+        }
+        Entry::Leaf(_) => {
+            hit(Point::LeafUpgraded);
+            None
+        }
+        Entry::Empty | Entry::Link(_) => None,
     }
 }
 
@@ -368,14 +419,34 @@ fn already_there<H: Host>(
 fn refused(fault: Fault, why: ResolveError) -> Result<Outcome, Error> {
     let gfn = fault.gpa().gfn();
     match why {
-        ResolveError::OutOfMemory | ResolveError::Interrupted => Err(Error::Backing { gfn, why }),
+        ResolveError::OutOfMemory | ResolveError::Interrupted => {
+            hit(match why {
+                ResolveError::Interrupted => Point::ErrorBackingInterrupted,
+                _ => Point::ErrorBackingMemory,
+            });
+            Err(Error::Backing { gfn, why })
+        }
         // A backing that would wait although it may: it is asked again by the next fault.
-        ResolveError::WouldWait => Ok(Outcome::Resume),
+        ResolveError::WouldWait => {
+            hit(Point::WaitsStill);
+            Ok(Outcome::Resume)
+        }
         ResolveError::Unbacked | ResolveError::Poisoned => {
+            hit(match why {
+                ResolveError::Poisoned => Point::FaultPoisoned,
+                _ => Point::FaultUnbacked,
+            });
             let write = fault.access().write;
             Ok(Outcome::MemoryFault(MemoryFault { gpa: gfn.gpa(), write, why }))
         }
     }
+}
+
+/// The guest tries again, for a reason that is counted.
+#[inline(always)]
+fn retry_for<H: Host>(cause: Point, own: &OwnLine<H>, gfn: Gfn) -> Pass {
+    hit(cause);
+    retry(own, gfn)
 }
 
 /// The guest tries again.

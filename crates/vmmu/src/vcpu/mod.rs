@@ -26,6 +26,7 @@ pub use translate::InstructionBytes;
 
 use crate::arch::entry::Format;
 use crate::arch::paging::PagingState;
+use crate::coverage::{Point, hit, hits};
 use crate::error::{Bug, Error};
 use crate::host::Host;
 use crate::memory::slots::Hint;
@@ -123,10 +124,18 @@ impl<H: Host> Vcpu<H> {
             match self.cache.top_up(&inner.tables(), &inner.tdp.format) {
                 Ok(()) => break Ok(()),
                 Err(_) if inner.reclaim.waiting() != 0 => inner.wait_for_grace(self.own.line()),
-                Err(error) => break Err(error),
+                Err(error) => {
+                    hit(match error {
+                        Error::MemoryLimit { .. } => Point::TopUpLimit,
+                        _ => Point::TopUpOutOfMemory,
+                    });
+                    break Err(error);
+                }
             }
         };
-        self.own.line().counters.table_pages_cached.add((self.cache.len() - before) as u64);
+        let prepared = (self.cache.len() - before) as u64;
+        hits(Point::TablePrepared, prepared);
+        self.own.line().counters.table_pages_cached.add(prepared);
         result
     }
 
@@ -141,6 +150,7 @@ impl<H: Host> Vcpu<H> {
         }
         let inner = self.own.inner();
         if let Some(root) = inner.tdp.roots.find(self.space) {
+            hit(Point::RootFound);
             self.root = Some(root);
             return Ok(());
         }
@@ -149,8 +159,10 @@ impl<H: Host> Vcpu<H> {
         inner.tables().describe(page.page().at(), crate::addr::Gfn::new(0), inner.tdp.format.root_level());
         let (root, unused) = inner.tdp.roots.insert(self.space, page);
         if let Some(page) = unused {
+            hit(Point::RootRaced);
             self.cache.put_back(page);
         } else {
+            hit(Point::RootMade);
             self.own.line().counters.table_pages_cached.sub(1);
             inner.host.trace(crate::trace::Event::RootMade { space: self.space });
         }

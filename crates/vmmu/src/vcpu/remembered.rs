@@ -11,6 +11,7 @@
 use super::Vcpu;
 use crate::addr::{Gpa, Gva, PAGE_BYTES};
 use crate::arch::paging::{PagingMode, PagingState};
+use crate::coverage::{Point, hit};
 use crate::guest::Translation;
 use crate::host::{Host, ResolveRequest};
 use crate::memory::access::GuestPage;
@@ -107,6 +108,7 @@ impl<H: Host> Vcpu<H> {
             || inner.sequence.snapshot() != walk.snapshot
             || inner.slots.read(self.space, &section).generation() != walk.generation;
         if changed && !mutant(RecallNoRecheck) {
+            hit(Point::WalkOutdated);
             return None;
         }
         for (place, value) in &walk.entries {
@@ -119,9 +121,11 @@ impl<H: Host> Vcpu<H> {
                 u64::from(page.load_u32(usize::from(place.offset)))
             };
             if now != *value {
+                hit(Point::WalkEntryChanged);
                 return None;
             }
         }
+        hit(Point::WalkRecalled);
         // SAFETY: as above.
         Some(unsafe { GuestPage::new(walk.page, &walking) }.read_16(offset))
     }
@@ -136,6 +140,7 @@ impl<H: Host> Vcpu<H> {
         }
         let (number, place) = Remembered::place(gva);
         let walk = self.pin(number, mode, translation);
+        hit(if walk.is_some() { Point::WalkRemembered } else { Point::WalkNotRemembered });
         self.remembered.walks[place] = walk;
     }
 

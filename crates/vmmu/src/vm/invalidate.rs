@@ -6,6 +6,7 @@
 
 use super::{Inner, OwnLine, Vm};
 use crate::addr::GfnRange;
+use crate::coverage::{Point, hit};
 use crate::error::Error;
 use crate::host::Host;
 use crate::mutants::Mutant::{
@@ -83,6 +84,7 @@ impl<H: Host> Vm<H> {
                 .and_then(|Resume(at)| GfnRange::new(at, range.end()));
             drop(exclusive);
             if left.is_some() {
+                hit(Point::InvalidationPieced);
                 // Faults that waited for this piece come in before the next (T59).
                 inner.host.relax();
             }
@@ -150,9 +152,13 @@ impl<H: Host> Inner<H> {
                 let shared = self.tlb.lock.shared(&self.tlb, line, &self.host);
                 left = self.tdp.zap_invalid(self.env(), &shared, &root, progress, &mut removed);
                 drop(shared);
+                if left.is_some_and(ZapProgress::is_within_a_level) {
+                    hit(Point::ZapPieced);
+                }
                 self.retire_excused(removed, generation);
             }
             self.tdp.roots.remove(&root);
+            hit(Point::RootZapped);
             let mut page = PageList::new();
             page.push(&self.tables(), root.page);
             self.reclaim.retire(&self.tables(), page, self.tlb.generation.advance());
@@ -160,6 +166,7 @@ impl<H: Host> Inner<H> {
         }
         // Others may still be zapping roots that this call invalidated.
         while self.tdp.roots.any_invalid() {
+            hit(Point::ZapsAwaited);
             self.host.relax();
         }
         self.tlb.settle(line, &self.host, generation);
@@ -207,6 +214,7 @@ impl<H: Host> Inner<H> {
     pub(crate) fn wait_for_grace(&self, line: &Line) {
         assert!(line.is_out(), "grace awaited from inside a section: {line:?}");
         if let Some(oldest) = self.reclaim.oldest(&self.tables()) {
+            hit(Point::GraceAwaited);
             self.kick_laggards();
             while self.tlb.horizon() < oldest {
                 self.host.relax();
@@ -223,6 +231,7 @@ impl<H: Host> Inner<H> {
                 && announced.is_older_than(oldest)
                 && let Some(vcpu) = line.vcpu()
             {
+                hit(Point::LaggardKicked);
                 self.host.kick(vcpu);
             }
         }
