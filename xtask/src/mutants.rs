@@ -11,7 +11,7 @@ use console::style;
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::Path;
-use std::process::{Command, Stdio};
+use std::process::{Command, ExitStatus, Stdio};
 use std::sync::Mutex;
 use std::thread;
 use std::time::Duration;
@@ -23,7 +23,7 @@ pub(crate) struct Mutants {
     #[arg(long, value_name = "TEXT")]
     only: Option<String>,
     /// Seeds of each scenario, every one of which has to notice
-    #[arg(long, value_name = "N", default_value_t = 10)]
+    #[arg(long, value_name = "N", default_value_t = 10, value_parser = clap::value_parser!(u64).range(1..))]
     seeds: u64,
     /// Seconds after which a run is given up, and counts as missed
     #[arg(long, value_name = "S", default_value_t = 180)]
@@ -86,8 +86,10 @@ impl Job {
     fn run(&mut self, limit: Duration) -> Result<bool> {
         self.command.stdout(Stdio::null()).stderr(Stdio::null());
         let status = run::status_within(&mut self.command, limit)?;
-        // What does not end has not failed.
-        Ok(status.is_some_and(|status| status.success() != self.notices))
+        // What does not end has not failed; a line that was not understood has not begun. Without a status it crashed,
+        // as a broken rule may well have it do.
+        let noticed = |status: ExitStatus| status.code().is_none_or(|code| code == 1 || code == 101);
+        Ok(status.is_some_and(|status| if self.notices { noticed(status) } else { status.success() }))
     }
 }
 
@@ -127,6 +129,7 @@ pub(crate) fn command(options: &Mutants) -> Result<u8> {
     }
     let wanted = |row: &&Row| options.only.as_ref().is_none_or(|text| row.mutant.contains(text));
     let rows: Vec<&Row> = rows.iter().filter(wanted).collect();
+    ensure!(!rows.is_empty(), "no mutant has such a name");
     rows.iter().try_for_each(|row| models_catch(row))?;
     tests_pass(&rows)?;
     let limit = Duration::from_secs(options.limit);

@@ -9,7 +9,7 @@
 
 use crate::history::Stage;
 use crate::story::Violation;
-use vmmu::{PageSize, Pfn};
+use vmmu::{Gfn, PageSize, Pfn};
 use vmmu_machine::{Gpa, Held, Mapping, PhysicalTag, Processor, Rights, Tag};
 
 /// Judges every translation of `gfn` that `processor`, which is in the guest, could use now.
@@ -101,6 +101,9 @@ fn explained<'a>(what: String, held: impl IntoIterator<Item = &'a Held>) -> Viol
 
 pub(crate) fn judge(stage: &Stage, gfn: u64, frame: u64, write: bool) -> Result<(), String> {
     let world = stage.world.borrow();
+    if world.open.iter().any(|range| range.contains(Gfn::new(gfn))) {
+        return Err(format!("guest frame {gfn:#x} reaches host frame {frame:#x} while it is taken away"));
+    }
     let mut frames = 0;
     for (pfn, writable) in world.allowed(gfn) {
         frames += 1;

@@ -119,14 +119,14 @@ impl InvalidationSequence {
     pub(crate) fn end(&self, _writer: &Writer<'_>) {
         let open = self.open.load(Relaxed);
         assert!(open != 0, "an invalidation ended that never began");
-        if mutant(RangeShrinks) {
-            self.end.store(self.start.load(Relaxed), Release);
-        }
         if mutant(CountBeforeSequence) {
             self.open.store(open - 1, Release);
         }
         if !mutant(NoSequenceBump) {
             self.sequence.store(self.sequence.load(Relaxed) + 1, Release);
+        }
+        if open > 1 && mutant(RangeShrinks) {
+            self.end.store(self.start.load(Relaxed), Release);
         }
         self.open.store(open - 1, Release);
     }

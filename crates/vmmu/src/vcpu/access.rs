@@ -6,7 +6,6 @@
 
 use super::Vcpu;
 use crate::addr::{GfnRange, Gpa, Level, PAGE_BYTES};
-
 use crate::arch::entry::Format;
 use crate::coverage::{Point, hit};
 use crate::error::{Error, ResolveError};

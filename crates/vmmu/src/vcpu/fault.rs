@@ -4,7 +4,8 @@
 //! finds the slot; asks the backing for what it has at once; raises the announcement to Shared with a second
 //! fence; rechecks root, range, sequence and slot generation; and maps by one compare-exchange. A backing that
 //! must wait is asked again with nothing announced, and the pass repeats with its answer. Invariants: between
-//! announcement and end nothing sleeps or allocates; no answer is used that was not rechecked under Shared.
+//! announcement and end nothing sleeps or allocates; nothing is mapped that was not rechecked under Shared; an answer
+//! of a backing that maps nothing is rechecked in its section.
 
 use super::Vcpu;
 use crate::addr::{Gfn, GfnRange, Gpa, Level};

@@ -102,9 +102,12 @@ impl<H: Host> Vcpu<H> {
         }
         let (inner, line) = (self.own.inner(), self.own.line());
         let (walking, section) = line.walk_with_slots(&inner.tlb);
-        // Count, sequence, slots, in this order (PROTOCOLS 4). A dead VM answers nothing (M136).
-        let changed = inner.alive().is_err()
-            || inner.sequence.open() != 0
+        if inner.alive().is_err() {
+            // A dead VM answers nothing (M136).
+            return None;
+        }
+        // Count, sequence, slots, in this order (PROTOCOLS 4).
+        let changed = inner.sequence.open() != 0
             || inner.sequence.snapshot() != walk.snapshot
             || inner.slots.read(self.space, &section).generation() != walk.generation;
         if changed && !mutant(RecallNoRecheck) {

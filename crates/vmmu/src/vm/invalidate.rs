@@ -31,7 +31,8 @@ const WATERMARK: u64 = 256;
 /// while it is held, and the frames reused.
 ///
 /// While it is held, the same thread may neither change slots nor access guest memory of the range: both would
-/// wait for the guard (checked in debug builds with `std`). One that is leaked stops the faults of its range for ever; [`crate::Stats::invalidation_age`] tells.
+/// wait for the guard (checked in debug builds with `std`). One that is leaked stops the faults of its range for ever;
+/// [`crate::Stats::invalidation_age`] tells.
 #[must_use = "dropping it at once ends the invalidation"]
 pub struct Invalidation<'vm, H: Host> {
     inner: &'vm Inner<H>,
@@ -69,7 +70,9 @@ impl<H: Host> Vm<H> {
         inner.alive()?;
         let own = self.own_line();
         let line = own.line();
-        let early = if mutant(ShootdownBeforeZap) { inner.tlb.shootdown(line, &inner.host) } else { 0 };
+        if mutant(ShootdownBeforeZap) {
+            inner.tlb.shootdown(line, &inner.host);
+        }
         let mut removed = Removed::new(&inner.tlb);
         let mut guard = None;
         let mut left = Some(range);
@@ -97,9 +100,7 @@ impl<H: Host> Vm<H> {
         let waits = !mutant(SkipIfEmpty) || removed.is_owed();
         let (pages, debt) = removed.into_parts();
         debt.paid_by_what_follows();
-        let generation = if mutant(ShootdownBeforeZap) {
-            early
-        } else if mutant(InvalidateNoShootdown) || !waits {
+        let generation = if mutant(ShootdownBeforeZap) || mutant(InvalidateNoShootdown) || !waits {
             inner.tlb.generation.advance()
         } else {
             inner.tlb.shootdown(line, &inner.host)
