@@ -26,10 +26,23 @@ const MIDDLE_BITS: u32 = 11;
 const TOP_BITS: u32 = 12;
 const _: () = assert!(BANK_BITS + LOW_BITS + MIDDLE_BITS + TOP_BITS == 40);
 
-type Lazy<T> = OnceLock<Box<[T]>>;
-type Bank = Lazy<Page>;
+/// The pages of a naturally aligned block of 64.
+struct Bank {
+    pages: Box<[Page]>,
+    /// Those that may hold something other than zeroes.
+    touched: AtomicU64,
+}
 
-fn directory<T>(bits: u32) -> Box<[Lazy<T>]> {
+impl Bank {
+    fn zeroed() -> Self {
+        let pages = (0..1 << BANK_BITS).map(|_| Page::zeroed()).collect();
+        Self { pages, touched: AtomicU64::new(0) }
+    }
+}
+
+type Lazy<T> = OnceLock<Box<[T]>>;
+
+fn directory<T>(bits: u32) -> Box<[OnceLock<T>]> {
     (0..1usize << bits).map(|_| OnceLock::new()).collect()
 }
 
@@ -40,7 +53,7 @@ fn digit(pfn: u64, at: u32, bits: u32) -> usize {
 
 /// Physical memory. See the module.
 pub struct Memory {
-    top: Box<[Lazy<Lazy<Bank>>]>,
+    top: Box<[Lazy<Lazy<OnceLock<Bank>>>]>,
 }
 
 impl Default for Memory {
@@ -63,14 +76,14 @@ impl Memory {
 
     /// Makes everything zeroes again; what was touched stays allocated, and where it is.
     pub fn clear(&mut self) {
-        fn below<T>(lazy: &mut [Lazy<T>]) -> impl Iterator<Item = &mut T> {
-            lazy.iter_mut().filter_map(OnceLock::get_mut).flatten()
-        }
-        for middle in below(&mut self.top) {
-            for low in middle.get_mut().into_iter().flatten() {
-                for page in low.get_mut().into_iter().flatten() {
-                    page.0.iter_mut().for_each(|word| *word.get_mut() = 0);
-                }
+        let middles = self.top.iter_mut().filter_map(OnceLock::get_mut).flatten();
+        let lows = middles.filter_map(OnceLock::get_mut).flatten();
+        for bank in lows.filter_map(OnceLock::get_mut) {
+            let mut touched = std::mem::take(bank.touched.get_mut());
+            while touched != 0 {
+                let page = &mut bank.pages[touched.trailing_zeros() as usize];
+                page.0.iter_mut().for_each(|word| *word.get_mut() = 0);
+                touched &= touched - 1;
             }
         }
     }
@@ -84,7 +97,7 @@ impl Memory {
         let middle = self.top[(pfn >> (BANK_BITS + LOW_BITS + MIDDLE_BITS)) as usize].get()?;
         let low = middle[digit(pfn, BANK_BITS + LOW_BITS, MIDDLE_BITS)].get()?;
         let bank = low[digit(pfn, BANK_BITS, LOW_BITS)].get()?;
-        Some(&bank[digit(pfn, 0, BANK_BITS)])
+        Some(&bank.pages[digit(pfn, 0, BANK_BITS)])
     }
 
     /// The page, made if need be.
@@ -95,9 +108,12 @@ impl Memory {
         let middle = self.top[(pfn >> (BANK_BITS + LOW_BITS + MIDDLE_BITS)) as usize]
             .get_or_init(|| directory(MIDDLE_BITS));
         let low = middle[digit(pfn, BANK_BITS + LOW_BITS, MIDDLE_BITS)].get_or_init(|| directory(LOW_BITS));
-        let bank = low[digit(pfn, BANK_BITS, LOW_BITS)]
-            .get_or_init(|| (0..1 << BANK_BITS).map(|_| Page::zeroed()).collect());
-        Some(&bank[digit(pfn, 0, BANK_BITS)])
+        let bank = low[digit(pfn, BANK_BITS, LOW_BITS)].get_or_init(Bank::zeroed);
+        let page = digit(pfn, 0, BANK_BITS);
+        if bank.touched.load(Ordering::Relaxed) >> page & 1 == 0 {
+            bank.touched.fetch_or(1 << page, Ordering::Relaxed);
+        }
+        Some(&bank.pages[page])
     }
 
     /// The 512 words of a frame. Their address is a multiple of 4096 and stays as long as the memory; the
@@ -196,6 +212,19 @@ mod tests {
         memory.write64(Hpa::new(1 << 52), 7);
         assert_eq!(memory.read64(Hpa::new(1 << 52)), u64::MAX);
         assert_eq!(memory.compare_exchange64(Hpa::new(1 << 52), u64::MAX, 0), Err(u64::MAX));
+    }
+
+    #[test]
+    fn cleared_memory_is_zeroes_in_place() {
+        let mut memory = Memory::new();
+        let (low, high) = (Hpa::new(0x1238), Hpa::new((1 << 52) - 8));
+        memory.write64(low, 7);
+        memory.page(Pfn::new(1))[3].store(8, Ordering::Relaxed);
+        memory.write64(high, 9);
+        let at = memory.page(Pfn::new(1)).as_ptr();
+        memory.clear();
+        assert_eq!((memory.read64(low), memory.read64(Hpa::new(0x1018)), memory.read64(high)), (0, 0, 0));
+        assert_eq!(memory.page(Pfn::new(1)).as_ptr(), at);
     }
 
     #[test]

@@ -37,7 +37,7 @@ pub(crate) fn changed(stage: &Stage) -> Result<(), Violation> {
     // A root that went must have left nothing behind, and only a count of what is left tells.
     let went = coverage.point(Point::RootZapped);
     if stage.roots_gone.replace(went) != went {
-        everything(stage)?;
+        whole_tables(stage)?;
     }
     wrong.map_or(Ok(()), |what| Err(Violation::new(what)))
 }
@@ -52,8 +52,7 @@ pub(crate) fn whole(stage: &Stage) -> Result<(), Violation> {
 }
 
 fn everything(stage: &Stage) -> Result<(), Violation> {
-    let report = stage.vm.audit().map_err(|broken| Violation::new(format!("audit: {broken}")))?;
-    pages_are_accounted_for(&report)?;
+    whole_tables(stage)?;
     let mut wrong = None;
     let looked = stage.vm.for_each_mapping(|mapping| {
         let step = if mapping.size == PageSize::Size1G { STRIDE } else { 1 };
@@ -63,6 +62,12 @@ fn everything(stage: &Stage) -> Result<(), Violation> {
         return Err(Violation::new(format!("the mappings cannot be looked at: {error}")));
     }
     wrong.map_or(Ok(()), |what| Err(Violation::new(what)))
+}
+
+/// All of the library's own invariants.
+fn whole_tables(stage: &Stage) -> Result<(), Violation> {
+    let report = stage.vm.audit().map_err(|broken| Violation::new(format!("audit: {broken}")))?;
+    pages_are_accounted_for(&report)
 }
 
 fn judge_pages(
