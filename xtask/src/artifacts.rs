@@ -133,12 +133,22 @@ pub(crate) fn walking_payload(width: Width, consent: Consent) -> Result<PathBuf>
 
 /// The program that compares what the walking payload reports with the model.
 pub(crate) fn walks() -> Result<PathBuf> {
+    program("walks", "walks")
+}
+
+/// The program that simulates.
+pub(crate) fn simulator() -> Result<PathBuf> {
+    program("vmmu-cli", "vmmu")
+}
+
+/// A program of the workspace, for the host and optimised.
+fn program(package: &str, name: &str) -> Result<PathBuf> {
     let mut command = Command::new("cargo");
-    command.args(["build", "--quiet", "--release", "--package", "walks", "--locked"]);
+    command.args(["build", "--quiet", "--release", "--package", package, "--locked"]);
     command.current_dir(folders::root()).stdin(Stdio::null());
-    let _progress = Progress::start("building walks", None);
+    let _progress = Progress::start(&format!("building {name}"), None);
     run::status(&mut command)?;
-    Ok(folders::target()?.join("release/walks"))
+    Ok(folders::target()?.join("release").join(name))
 }
 
 /// The program by which the initrd's `init` ends the run: static, without a library.

@@ -4,6 +4,7 @@
 //! since a broken rule may end in a crash. Invariants: every mutant of the library has a row and every row a mutant;
 //! no row is without a word on who notices.
 
+use crate::artifacts;
 use crate::host::{folders, run};
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use clap::Args;
@@ -115,10 +116,7 @@ pub(crate) fn command(options: &Mutants) -> Result<u8> {
     let table = folders::root().join("docs/mutants.md");
     let text = fs::read_to_string(&table).with_context(|| format!("cannot read {}", table.display()))?;
     let rows = parse(&text)?;
-    let mut cargo = Command::new("cargo");
-    cargo.args(["build", "--quiet", "--release", "--package", "vmmu-cli", "--locked"]);
-    run::status(cargo.current_dir(folders::root()))?;
-    let program = folders::target()?.join("release/vmmu");
+    let program = artifacts::simulator()?;
     let known = run::output(Command::new(&program).arg("mutants"))?;
     let known: Vec<&str> = known.lines().filter_map(|line| line.split(' ').next()).collect();
     for row in &rows {

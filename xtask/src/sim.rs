@@ -3,7 +3,8 @@
 //! The work is the program's, `vmmu sim`, which this builds and runs. Invariant: what a campaign comes to depends on
 //! its seeds alone, so shards of one add up to it.
 
-use crate::host::{folders, run};
+use crate::artifacts;
+use crate::host::run;
 use anyhow::{Context, Result};
 use clap::Args;
 use std::process::Command;
@@ -33,10 +34,7 @@ pub(crate) struct Sim {
 
 /// Runs the command and returns xtask's exit status.
 pub(crate) fn command(options: &Sim) -> Result<u8> {
-    let mut cargo = Command::new("cargo");
-    cargo.args(["build", "--quiet", "--release", "--package", "vmmu-cli", "--locked"]);
-    run::status(cargo.current_dir(folders::root()))?;
-    let mut program = Command::new(folders::target()?.join("release/vmmu"));
+    let mut program = Command::new(artifacts::simulator()?);
     let status = program.args(words(options)).status();
     let status = status.with_context(|| format!("cannot run {}", run::describe(&program)))?;
     Ok(status.code().and_then(|code| u8::try_from(code).ok()).unwrap_or(1))

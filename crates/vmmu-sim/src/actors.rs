@@ -281,13 +281,11 @@ fn run(
 /// Takes a fault to the library, and judges the answer; says whether there is memory.
 fn handle(stage: &Stage, vcpu: &mut Vcpu<crate::host::SimHost>, who: &str, fault: Fault) -> bool {
     let gfn = fault.gpa().gfn().raw();
-    let settled = |present: bool| {
+    let (there, before) = {
         let world = stage.world.borrow();
-        let all = world.at(gfn).all(|slot| slot.settled);
-        (all && world.at(gfn).any(|_| true) == present, (world.changes, world.openings))
+        let settled = world.at(gfn).all(|slot| slot.settled);
+        (settled && world.at(gfn).next().is_some(), world.moment())
     };
-    let (there, _) = settled(true);
-    let (gone, (before, openings)) = settled(false);
     let outcome = match vcpu.handle_fault(fault) {
         Ok(outcome) => outcome,
         Err(error) if no_tables(error) || no_answer(stage, error) => return true,
@@ -305,12 +303,12 @@ fn handle(stage: &Stage, vcpu: &mut Vcpu<crate::host::SimHost>, who: &str, fault
         _ => {}
     }
     stage.accesses.set(counted);
-    let unchanged = stage.world.borrow().changes == before;
+    let unchanged = stage.world.borrow().changes == before.0;
     let wrong = match outcome {
         Outcome::MemoryFault(refused) => {
             let world = stage.world.borrow();
-            let still = unchanged && world.openings == openings;
-            refused.gpa.gfn().raw() != gfn || (still && !world.may_refuse(gfn, refused.why))
+            refused.gpa.gfn().raw() != gfn
+                || (world.moment() == before && !world.may_refuse(gfn, refused.why))
         }
         Outcome::Resume => false,
         Outcome::Mmio(_) => there && unchanged,
@@ -318,7 +316,7 @@ fn handle(stage: &Stage, vcpu: &mut Vcpu<crate::host::SimHost>, who: &str, fault
             let world = stage.world.borrow();
             let writable =
                 |s: &Slot| !s.read_only && s.backing.page(gfn - s.gfn).is_some_and(|page| page.writable);
-            !fault.access().write || (unchanged && !gone && world.at(gfn).all(writable) && there)
+            !fault.access().write || (unchanged && there && world.at(gfn).all(writable))
         }
         _ => true,
     };

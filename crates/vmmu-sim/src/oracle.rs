@@ -32,7 +32,7 @@ pub(crate) fn entered(stage: &Stage, processor: &Processor, tag: PhysicalTag) ->
     none_older(processor, tag, stage.zapped.get())?;
     for held in processor.held_by(Tag::Physical(tag)) {
         if let Mapping::Page(page) = held.mapping {
-            // Large pages are given and taken whole.
+            // Of a large page only the ends: what moved between them shows when the guest uses it.
             for offset in [0, page.size.bytes() - 4096] {
                 let (gfn, frame) = ((page.at + offset) >> 12, (page.frame.raw() + offset) >> 12);
                 judge(stage, gfn, frame, page.nested.has(Rights::WRITE))

@@ -15,8 +15,7 @@ const WRITTEN: u64 = WORDS as u64 / 2;
 /// Reads or writes a word: never of a frame that was given back.
 pub(crate) fn accesses(stage: &Stage, vcpu: &mut Vcpu<SimHost>, who: &str, random: &mut Random) {
     let gfn = some_gfn(stage, random);
-    let moment = |stage: &Stage| (stage.world.borrow().changes, stage.world.borrow().openings);
-    let before = moment(stage);
+    let before = stage.world.borrow().moment();
     let result = if random.one_in(stage.rates.writes) {
         let at = WRITTEN + random.below(WORDS as u64 - WRITTEN);
         stage.tell(who, || format!("writes {gfn:#x} by software"));
@@ -44,7 +43,7 @@ pub(crate) fn accesses(stage: &Stage, vcpu: &mut Vcpu<SimHost>, who: &str, rando
         Err(Error::NoSlot { .. } | Error::ReadOnly { .. }) => {}
         Err(error) if no_tables(error) || no_answer(stage, error) => {}
         Err(Error::Backing { why, .. })
-            if before != moment(stage) || stage.world.borrow().may_refuse(gfn, why) => {}
+            if before != stage.world.borrow().moment() || stage.world.borrow().may_refuse(gfn, why) => {}
         Err(error) => stage.violate(Violation::new(format!("{who}: accessing {gfn:#x}: {error}"))),
     }
 }

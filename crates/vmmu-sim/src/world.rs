@@ -143,6 +143,11 @@ impl World {
         })
     }
 
+    /// Changes of slots, and of what is open or absent, so far: while it is the same, so is the world.
+    pub(crate) const fn moment(&self) -> (u64, u64) {
+        (self.changes, self.openings)
+    }
+
     /// Notes that `range` is taken away, from when that is true.
     pub(crate) fn opened(&mut self, range: GfnRange) {
         self.openings += 1;

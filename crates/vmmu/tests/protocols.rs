@@ -23,6 +23,27 @@ fn changing(vm: &Vm<Handle>, count: u64) -> Arc<ChangingBacking> {
     backing
 }
 
+/// A slot of 16 pages from guest frame 0 whose backing waits: asked so for the first time, it answers after a whole
+/// invalidation of the page with the frame from before it; the page is 100 frames further by then.
+fn outlived(vm: &Vm<Handle>) {
+    let (moved, other) = (AtomicBool::new(false), Mutex::new(Some(vm.clone())));
+    let backing = Asked(move |page, request: vmmu::ResolveRequest| {
+        let old = FIRST_FRAME + page;
+        match other.lock().expect("not poisoned").take_if(|_| request.may_wait) {
+            Some(vm) => {
+                // Allowed where it may wait: nothing is held.
+                let guard = vm.invalidate(pages(page, 1)).expect("alive");
+                moved.store(true, Relaxed);
+                drop(guard);
+                small(old)
+            }
+            None if moved.load(Relaxed) => small(old + 100),
+            None => Err(vmmu::ResolveError::WouldWait),
+        }
+    });
+    set(vm, 0, 0, 16, Arc::new(backing));
+}
+
 /// Puts `frame` behind `page`.
 fn frame(backing: &ChangingBacking, page: u64, frame: u64) {
     let new = Page { pfn: Pfn::new(frame), max_size: PageSize::Size4K, writable: true, slow: false };
@@ -112,21 +133,7 @@ fn software_waits_for_the_end() {
 fn software_drops_an_answer_that_an_invalidation_outlived() {
     let host = TestHost::new();
     let vm = vm(&host);
-    let (moved, other) = (AtomicBool::new(false), Mutex::new(Some(vm.clone())));
-    let backing = Asked(move |page, request: vmmu::ResolveRequest| {
-        let old = FIRST_FRAME + page;
-        match other.lock().expect("not poisoned").take_if(|_| request.may_wait) {
-            Some(vm) => {
-                let guard = vm.invalidate(pages(page, 1)).expect("alive");
-                moved.store(true, Relaxed);
-                drop(guard);
-                small(old)
-            }
-            None if moved.load(Relaxed) => small(old + 100),
-            None => Err(vmmu::ResolveError::WouldWait),
-        }
-    });
-    set(&vm, 0, 0, 16, Arc::new(backing));
+    outlived(&vm);
     word(&host, FIRST_FRAME + 3, 0).store(0xAAAA, Relaxed);
     word(&host, FIRST_FRAME + 103, 0).store(0xBBBB, Relaxed);
     assert_eq!(read(&vm, 3), 0xBBBB, "a frame was read that was given back");
@@ -203,22 +210,7 @@ fn the_range_stays_while_any_is_open() {
 fn a_fault_drops_an_answer_that_an_invalidation_outlived() {
     let host = TestHost::new();
     let vm = vm(&host);
-    let (moved, other) = (AtomicBool::new(false), Mutex::new(Some(vm.clone())));
-    let backing = Asked(move |page, request: vmmu::ResolveRequest| {
-        let old = FIRST_FRAME + page;
-        match other.lock().expect("not poisoned").take_if(|_| request.may_wait) {
-            Some(vm) => {
-                // Allowed where it may wait: nothing is held.
-                let guard = vm.invalidate(pages(page, 1)).expect("alive");
-                moved.store(true, Relaxed);
-                drop(guard);
-                small(old)
-            }
-            None if moved.load(Relaxed) => small(old + 100),
-            None => Err(vmmu::ResolveError::WouldWait),
-        }
-    });
-    set(&vm, 0, 0, 16, Arc::new(backing));
+    outlived(&vm);
     let mut vcpu = vcpu(&vm);
     assert_eq!(touch(&mut vcpu, 3), Outcome::Resume);
     assert_eq!(mapped(&vm), [], "a frame was mapped that was given back");
