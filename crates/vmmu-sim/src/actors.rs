@@ -6,16 +6,18 @@
 use crate::fetch;
 use crate::frames;
 use crate::history::Stage;
+use crate::host::{Failures, SimHost};
+use crate::kicks;
 use crate::oracle;
 use crate::random::Random;
 use crate::rates::Spread;
-use crate::software;
+use crate::software::{self, Software};
 use crate::story::Violation;
 use crate::world::{SimBacking, Slot};
 use std::sync::Arc;
 use vmmu::{
     EntryFlush, Error, Fault, Gfn, Gpa, Outcome, PageSize, Region, RegionFlags, ResolveError, SlotError,
-    SlotId, Vcpu,
+    SlotId, Vcpu, instrument,
 };
 use vmmu_machine::{AccessKind, NestedTables, NptContext, PhysicalTag, Registers, TlbControl};
 
@@ -30,6 +32,22 @@ const GIANT: u64 = PageSize::Size1G.pages();
 const FAR: u64 = 120;
 /// A frame that no processor of the simulation can name.
 const BEYOND: u64 = 1 << 34;
+/// Pages from a place on that vCPUs use: now and then as many as these, which reach beyond any slot; mostly, where vCPUs
+/// are spread, and where they meet.
+const EVEN: u64 = 520;
+const FEW: u64 = 6;
+const MEETING: u64 = 2;
+/// Where in its block a slot begins that does not begin with it.
+const ASKEW: u64 = 3;
+/// Turns, at most: between a preparation and its entry; between the entry and the guest's first instruction; of a halt;
+/// until a forgotten entry is closed.
+const UNTIL_ENTRY: u64 = 4;
+const UNTIL_GUEST: u64 = 3;
+const HALT: u64 = 100;
+const FORGOTTEN: u64 = 20;
+/// Faults at one place in a row that may be answered by another try while nothing that changes memory gets on: each try
+/// gets the guest on, or another vCPU, and no more can be in the way.
+const TRIES: u32 = 4;
 
 /// Places that slots and accesses have in this history.
 fn places(stage: &Stage) -> &'static [u64] {
@@ -47,9 +65,9 @@ pub(crate) fn is_wide(stage: &Stage) -> bool {
 /// A guest frame: mostly one of few in a slot, as guests know their memory; now and then any.
 pub(crate) fn some_gfn(stage: &Stage, random: &mut Random) -> u64 {
     let within = match stage.rates.spread {
-        Spread::Wide | Spread::Far if random.one_in(12) => random.below(520),
-        Spread::Wide | Spread::Far => random.below(6),
-        Spread::Narrow => random.below(2),
+        Spread::Wide | Spread::Far if random.one_in(12) => random.below(EVEN),
+        Spread::Wide | Spread::Far => random.below(FEW),
+        Spread::Narrow => random.below(MEETING),
         Spread::Spot => 0,
     };
     if random.one_in(stage.rates.far) {
@@ -64,9 +82,13 @@ pub(crate) fn some_gfn(stage: &Stage, random: &mut Random) -> u64 {
     slot.gfn + (block + within).min(slot.pages - 1)
 }
 
-/// Whether a call failed for want of tables, as it may.
-pub(crate) fn no_tables(error: Error) -> bool {
-    matches!(error, Error::OutOfMemory | Error::MemoryLimit { .. })
+/// Whether a call failed for want of tables, as it may in this history.
+fn no_tables(stage: &Stage, error: Error) -> bool {
+    match error {
+        Error::OutOfMemory => stage.rates.failures != Failures::NONE,
+        Error::MemoryLimit { .. } => stage.rates.limit != 0,
+        _ => false,
+    }
 }
 
 /// Whether a call failed because a backing gave no answer, as some do.
@@ -81,22 +103,27 @@ pub(crate) fn vcpu(stage: &Stage, mut random: Random) {
     let Ok(mut vcpu) = stage.vm.vcpu() else { return };
     let who = format!("vcpu {}", vcpu.id().number());
     let (mut last, mut late, mut tries) = (None, None, 0);
+    let mut retries = Retries::default();
     if random.one_in(stage.rates.unprepared) {
         guest(stage, &mut vcpu, &who, &mut random, &mut last);
     }
     while stage.step() {
         stage.boundary();
         match vcpu.prepare() {
-            Ok(()) => {}
-            Err(error) if no_tables(error) => continue,
+            Ok(()) => stage.kicks.prepared(vcpu.id()),
+            Err(error) if no_tables(stage, error) => continue,
             Err(error) => return stage.violate(Violation::new(format!("{who}: prepare: {error}"))),
         }
         if random.one_in(stage.rates.fetches) {
             fetch::fetch(stage, &mut vcpu, &who, &mut random);
         } else if random.one_in(stage.rates.software) {
-            software::accesses(stage, &mut vcpu, &who, &mut random);
+            software::accesses(stage, &mut Software::Vcpu(&mut vcpu), &who, &mut random);
         } else if let Some(fault) = guest(stage, &mut vcpu, &who, &mut random, &mut last) {
-            if !handle(stage, &mut vcpu, &who, fault) {
+            let quiet = stage.operations.quiet();
+            let outcome = handle(stage, &mut vcpu, &who, fault);
+            let again = outcome == Some(Outcome::Resume);
+            retries.judge(stage, &who, fault, if again { quiet } else { None });
+            if outcome.is_some() && !again {
                 // Guests do not stay where no memory is.
                 last = None;
             }
@@ -122,14 +149,14 @@ pub(crate) fn vcpu(stage: &Stage, mut random: Random) {
 /// Runs the guest on some processor until an exit; returns the fault that ended it, if one did.
 fn guest(
     stage: &Stage,
-    vcpu: &mut Vcpu<crate::host::SimHost>,
+    vcpu: &mut Vcpu<SimHost>,
     who: &str,
     random: &mut Random,
     last: &mut Option<u64>,
 ) -> Option<Fault> {
     let id = vcpu.id();
     // Between the preparation and the entry there is time.
-    for _ in 0..random.below(4) {
+    for _ in 0..random.below(UNTIL_ENTRY) {
         stage.idly(|| stage.baton.pause());
     }
     let number = random.below(stage.processors.len() as u64) as usize;
@@ -149,7 +176,7 @@ fn guest(
         run(stage, number, &entry, who, id, random, last, 1);
         std::mem::forget(entry);
         drop(tags);
-        for _ in 0..random.below(20) {
+        for _ in 0..random.below(FORGOTTEN) {
             stage.idly(|| stage.baton.pause());
         }
         // The next call closes it; nobody who waits for it gets on before.
@@ -167,7 +194,7 @@ fn guest(
 fn run(
     stage: &Stage,
     number: usize,
-    entry: &vmmu::Entry<'_, crate::host::SimHost>,
+    entry: &vmmu::Entry<'_, SimHost>,
     who: &str,
     id: vmmu::VcpuId,
     random: &mut Random,
@@ -191,11 +218,11 @@ fn run(
     };
     stage.tell(who, || format!("enters on processor {number}: tag {}, {:?}", entry.tag(), entry.flush()));
     // Between the entry and the guest's first instruction, too.
-    for _ in 0..random.below(3) {
+    for _ in 0..random.below(UNTIL_GUEST) {
         stage.idly(|| stage.baton.pause());
     }
     // Entering a guest serialises: whatever the task stored is visible.
-    vmmu::instrument::drain(vmmu::instrument::Scheduler::task(&*stage.baton));
+    instrument::drain(instrument::Scheduler::task(&*stage.baton));
     if let Err(refused) = model.borrow_mut().enter(context) {
         stage.violate(Violation::new(format!("{who} is not let in: {refused}")));
         return None;
@@ -207,7 +234,7 @@ fn run(
         stage.violate(violation);
     }
     if random.one_in(stage.rates.halts) {
-        for _ in 0..random.below(100) {
+        for _ in 0..random.below(HALT) {
             if stage.host.is_kicked(id) || stage.rest.get() {
                 break;
             }
@@ -217,6 +244,10 @@ fn run(
     let mut fault = None;
     for _ in 0..accesses {
         if stage.host.take_kick(id) || stage.rest.get() || !stage.step() {
+            break;
+        }
+        if let Err(violation) = kicks::judge(stage, id) {
+            stage.violate(violation);
             break;
         }
         // Places are visited again soon, so that what is cached is used.
@@ -278,20 +309,39 @@ fn run(
     fault
 }
 
-/// Takes a fault to the library, and judges the answer; says whether there is memory.
-fn handle(stage: &Stage, vcpu: &mut Vcpu<crate::host::SimHost>, who: &str, fault: Fault) -> bool {
+/// The faults at one place that were answered by another try, while nothing got on that changes memory.
+#[derive(Default)]
+struct Retries {
+    place: Option<(Fault, u64)>,
+    count: u32,
+}
+
+impl Retries {
+    /// Judges that they come to an end. `quiet` is the moment if this fault was answered by another try, and began when
+    /// nothing changed memory.
+    fn judge(&mut self, stage: &Stage, who: &str, fault: Fault, quiet: Option<u64>) {
+        // The end of an operation may not be visible yet.
+        let still = stage.operations.quiet() == quiet && !instrument::holds_back_any();
+        let place = quiet.filter(|_| still).map(|moment| (fault, moment));
+        self.count = if place.is_some() && place == self.place { self.count + 1 } else { 0 };
+        self.place = place;
+        if self.count > TRIES {
+            let what = format!("{who}: the same fault at {} again and again: {fault:?}", fault.gpa());
+            stage.violate(Violation::new(what));
+        }
+    }
+}
+
+/// Takes a fault to the library, and judges the answer; none where something ran out.
+fn handle(stage: &Stage, vcpu: &mut Vcpu<SimHost>, who: &str, fault: Fault) -> Option<Outcome> {
     let gfn = fault.gpa().gfn().raw();
-    let (there, before) = {
-        let world = stage.world.borrow();
-        let settled = world.at(gfn).all(|slot| slot.settled);
-        (settled && world.at(gfn).next().is_some(), world.moment())
-    };
+    let before = stage.world.borrow().moment();
     let outcome = match vcpu.handle_fault(fault) {
         Ok(outcome) => outcome,
-        Err(error) if no_tables(error) || no_answer(stage, error) => return true,
+        Err(error) if no_tables(stage, error) || no_answer(stage, error) => return None,
         Err(error) => {
             stage.violate(Violation::new(format!("{who}: fault at {gfn:#x}: {error}")));
-            return false;
+            return None;
         }
     };
     let mut counted = stage.accesses.get();
@@ -303,27 +353,24 @@ fn handle(stage: &Stage, vcpu: &mut Vcpu<crate::host::SimHost>, who: &str, fault
         _ => {}
     }
     stage.accesses.set(counted);
-    let unchanged = stage.world.borrow().changes == before.0;
+    let world = stage.world.borrow();
+    let unchanged = world.changes == before.0;
     let wrong = match outcome {
         Outcome::MemoryFault(refused) => {
-            let world = stage.world.borrow();
-            refused.gpa.gfn().raw() != gfn
-                || (world.moment() == before && !world.may_refuse(gfn, refused.why))
+            refused.gpa.gfn().raw() != gfn || world.moment() == before && !world.may_refuse(gfn, refused.why)
         }
         Outcome::Resume => false,
-        Outcome::Mmio(_) => there && unchanged,
+        Outcome::Mmio(_) => unchanged && world.at(gfn).any(|slot| slot.settled),
         Outcome::ReadOnlyWrite(_) => {
-            let world = stage.world.borrow();
-            let writable =
-                |s: &Slot| !s.read_only && s.backing.page(gfn - s.gfn).is_some_and(|page| page.writable);
-            !fault.access().write || (unchanged && there && world.at(gfn).all(writable))
+            !fault.access().write || unchanged && world.at(gfn).all(|slot| slot.is_writable(gfn))
         }
         _ => true,
     };
+    drop(world);
     if wrong {
         stage.violate(Violation::new(format!("{who}: a fault at {gfn:#x} came to {outcome:?}")));
     }
-    outcome == Outcome::Resume
+    Some(outcome)
 }
 
 /// Makes, moves and deletes slots.
@@ -337,6 +384,7 @@ pub(crate) fn slots(stage: &Stage, mut random: Random) {
         if !random.one_in(rate) || !stage.begin(&mut random) {
             continue;
         }
+        let _operation = stage.operations.begin();
         match existing {
             Some(at) if random.one_in(3) => relocate(stage, &mut random, at),
             Some(at) => delete(stage, at),
@@ -352,7 +400,7 @@ fn create(stage: &Stage, random: &mut Random, id: u16, backing_id: u64) {
     let (gfn, pages) = if random.one_in(stage.rates.giants) {
         (random.pick(if is_wide(stage) { &GIANTS } else { &GIANTS[..1] }), GIANT)
     } else {
-        let gfn = random.pick(places(stage)) + if random.one_in(4) { 3 } else { 0 };
+        let gfn = random.pick(places(stage)) + if random.one_in(4) { ASKEW } else { 0 };
         (gfn, random.pick(stage.rates.lengths))
     };
     let read_only = random.one_in(stage.rates.read_only);
@@ -465,6 +513,7 @@ pub(crate) fn zapper(stage: &Stage, mut random: Random) {
             continue;
         }
         stage.tell("zapper", || "zaps everything".to_owned());
+        let _operation = stage.operations.begin();
         let before = stage.steps.get();
         if let Err(error) = stage.vm.zap_all() {
             return stage.violate(Violation::new(format!("zap_all: {error}")));

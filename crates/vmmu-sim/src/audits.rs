@@ -8,10 +8,7 @@ use crate::coverage::{Coverage, Kind, Point, Transition};
 use crate::history::Stage;
 use crate::oracle::judge;
 use crate::story::Violation;
-use vmmu::{AuditReport, Mapping, PageSize, instrument};
-
-/// Pages of a large leaf that are judged by the audit of everything: all of 2 MiB, of 1 GiB one in so many.
-const STRIDE: u64 = 4096;
+use vmmu::{AuditReport, Mapping, instrument};
 
 /// Audits what changed since the last audit. No operation is open, and every store is visible.
 pub(crate) fn changed(stage: &Stage) -> Result<(), Violation> {
@@ -25,10 +22,7 @@ pub(crate) fn changed(stage: &Stage) -> Result<(), Violation> {
     ranges.sort_unstable_by_key(|range| (range.start(), range.end()));
     ranges.dedup();
     let mut wrong = None;
-    let show = |mapping: Mapping| {
-        let last = mapping.size.pages() - 1;
-        judge_pages(stage, mapping, [0, last], &mut wrong);
-    };
+    let show = |mapping: Mapping| judge_mapping(stage, mapping, &mut wrong);
     let report = stage.vm.audit_changed(&entries, &ranges, show);
     let report = report.map_err(|broken| Violation::new(format!("audit of what changed: {broken}")))?;
     pages_are_accounted_for(&report)?;
@@ -54,11 +48,7 @@ pub(crate) fn whole(stage: &Stage) -> Result<(), Violation> {
 fn everything(stage: &Stage) -> Result<(), Violation> {
     whole_tables(stage)?;
     let mut wrong = None;
-    let looked = stage.vm.for_each_mapping(|mapping| {
-        let step = if mapping.size == PageSize::Size1G { STRIDE } else { 1 };
-        judge_pages(stage, mapping, (0..mapping.size.pages()).step_by(step as usize), &mut wrong);
-    });
-    if let Err(error) = looked {
+    if let Err(error) = stage.vm.for_each_mapping(|mapping| judge_mapping(stage, mapping, &mut wrong)) {
         return Err(Violation::new(format!("the mappings cannot be looked at: {error}")));
     }
     wrong.map_or(Ok(()), |what| Err(Violation::new(what)))
@@ -70,17 +60,10 @@ fn whole_tables(stage: &Stage) -> Result<(), Violation> {
     pages_are_accounted_for(&report)
 }
 
-fn judge_pages(
-    stage: &Stage,
-    mapping: Mapping,
-    pages: impl IntoIterator<Item = u64>,
-    wrong: &mut Option<String>,
-) {
-    for page in pages {
-        let (gfn, frame) = (mapping.gfn.raw() + page, mapping.pfn.raw() + page);
-        if wrong.is_none() {
-            *wrong = judge(stage, gfn, frame, mapping.writable).err();
-        }
+fn judge_mapping(stage: &Stage, mapping: Mapping, wrong: &mut Option<String>) {
+    if wrong.is_none() {
+        let (gfn, frame, pages) = (mapping.gfn.raw(), mapping.pfn.raw(), mapping.size.pages());
+        *wrong = judge(stage, gfn, frame, pages, mapping.writable).err();
     }
 }
 

@@ -30,6 +30,8 @@ pub enum Part {
     Speculation,
     /// Large pages that are made small in place.
     Splits,
+    /// Kicks that somebody asks for.
+    Kicks,
     /// Backings that refuse, or do not answer.
     Refusals,
     /// Backings that are read-only until they are written to.
@@ -46,13 +48,14 @@ pub enum Part {
 
 impl Part {
     /// Every part, the least likely to matter first.
-    pub const ALL: [Self; 16] = [
+    pub const ALL: [Self; 17] = [
         Self::Failures,
         Self::Forgotten,
         Self::Dropped,
         Self::Software,
         Self::Fetches,
         Self::Splits,
+        Self::Kicks,
         Self::Zaps,
         Self::SlotChanges,
         Self::Moves,
@@ -74,6 +77,7 @@ impl Part {
             Self::Software => "software",
             Self::Fetches => "fetches",
             Self::Splits => "splits",
+            Self::Kicks => "kicks",
             Self::Zaps => "zaps",
             Self::SlotChanges => "slot-changes",
             Self::Moves => "moves",

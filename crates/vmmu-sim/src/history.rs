@@ -8,9 +8,11 @@ use crate::audits;
 use crate::case::Case;
 use crate::coverage::Coverage;
 use crate::host::{self, SimHost};
+use crate::kicks::{self, Kicks};
 use crate::movers;
 use crate::random::Random;
 use crate::rates::Rates;
+use crate::software;
 use crate::story::{Story, Violation};
 use crate::tasks::{Baton, Tasks};
 use crate::world::{SharedWorld, World};
@@ -75,6 +77,41 @@ pub(crate) struct Stage {
     pub(crate) roots_gone: Cell<u64>,
     /// The step at which the last zap of everything began that is over.
     pub(crate) zapped: Cell<u64>,
+    /// Operations on the VM.
+    pub(crate) operations: Tally,
+    /// Writes to guest memory by software.
+    pub(crate) writes: Tally,
+    /// For each vCPU, what kicks owe it.
+    pub(crate) kicks: Kicks,
+}
+
+/// How many of something were begun, and how many of them are not over.
+#[derive(Default)]
+pub(crate) struct Tally {
+    begun: Cell<u64>,
+    open: Cell<u64>,
+}
+
+/// One that is not over.
+pub(crate) struct Open<'a>(&'a Tally);
+
+impl Tally {
+    /// Begins one, until what this returns is dropped.
+    pub(crate) fn begin(&self) -> Open<'_> {
+        self.begun.set(self.begun.get() + 1);
+        self.open.set(self.open.get() + 1);
+        Open(self)
+    }
+    /// While this is the same, there is none; `None` where there is one.
+    pub(crate) fn quiet(&self) -> Option<u64> {
+        (self.open.get() == 0).then(|| self.begun.get())
+    }
+}
+
+impl Drop for Open<'_> {
+    fn drop(&mut self) {
+        self.0.open.set(self.0.open.get() - 1);
+    }
 }
 
 /// What accesses came to.
@@ -145,6 +182,10 @@ impl Stage {
         if self.rates.patient && steps > PATIENT {
             self.violate(Violation::new(format!("{what} took {steps} steps: a guest was not kicked")));
         }
+    }
+    /// The word at `at` of each page that may be behind `gfn` now.
+    pub(crate) fn words(&self, gfn: u64, at: u64) -> Vec<u64> {
+        self.world.borrow().allowed(gfn).map(|(pfn, _)| self.host.word(pfn, at as usize)).collect()
     }
     /// Tells what a task does.
     pub(crate) fn tell(&self, who: &str, what: impl FnOnce() -> String) {
@@ -249,6 +290,9 @@ pub fn run(case: &Case) -> Ended {
         touched: RefCell::default(),
         roots_gone: Cell::new(0),
         zapped: Cell::new(0),
+        operations: Tally::default(),
+        writes: Tally::default(),
+        kicks: Kicks::default(),
     });
     let performed =
         catch_unwind(AssertUnwindSafe(|| with_scheduler(&*baton, || perform(&stage, &mut random))));
@@ -311,6 +355,10 @@ fn perform(stage: &Rc<Stage>, random: &mut Random) {
     }
     spawn(actors::slots, 102);
     spawn(actors::zapper, 103);
+    spawn(kicks::kicker, 104);
+    for number in 0..stage.rates.readers {
+        spawn(software::reader, 300 + number);
+    }
     stage.idle.set(count);
     let (mut turns, mut seen, mut looked) = (0, 0, 0);
     while tasks.run_one() {

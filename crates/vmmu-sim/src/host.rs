@@ -93,6 +93,10 @@ impl SimHost {
     pub(crate) fn fill(&self, pfn: Pfn, value: u64) {
         self.page(pfn)[..WORDS].iter().for_each(|word| word.store(value, Relaxed));
     }
+    /// A word of a frame.
+    pub(crate) fn word(&self, pfn: Pfn, at: usize) -> u64 {
+        self.page(pfn)[at].load(Relaxed)
+    }
     /// Whether a frame that nobody has is as it was left.
     pub(crate) fn is_untouched(&self, pfn: Pfn) -> bool {
         let words = &self.page(pfn)[..WORDS];

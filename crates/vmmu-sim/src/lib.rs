@@ -12,6 +12,7 @@
 //! | `scenario` | scenes that bring few rules together often |
 //! | `history` | one seed's run: rates, tasks, rests |
 //! | `actors`, `movers` | who acts |
+//! | `kicks` | who kicks vCPUs |
 //! | `software` | reads and writes by software |
 //! | `fetch` | instructions by the guest's own tables |
 //! | `world` | what should be |
@@ -34,6 +35,7 @@ mod fetch;
 mod frames;
 mod history;
 mod host;
+mod kicks;
 mod movers;
 mod oracle;
 mod random;

@@ -9,7 +9,8 @@
 
 use crate::history::Stage;
 use crate::story::Violation;
-use vmmu::{Gfn, PageSize, Pfn};
+use crate::world::World;
+use vmmu::{Gfn, GfnRange, PageSize, Pfn};
 use vmmu_machine::{Gpa, Held, Mapping, PhysicalTag, Processor, Rights, Tag};
 
 /// Judges every translation of `gfn` that `processor`, which is in the guest, could use now.
@@ -18,7 +19,7 @@ pub(crate) fn one(stage: &Stage, processor: &Processor, gfn: u64) -> Result<(), 
     let gpa = Gpa::new(gfn << 12);
     for translation in queries.physical_translations(gpa) {
         let (frame, write) = (translation.hpa.raw() >> 12, translation.nested.has(Rights::WRITE));
-        judge(stage, gfn, frame, write).map_err(|what| {
+        judge(stage, gfn, frame, 1, write).map_err(|what| {
             let tag = queries.physical_tag();
             let held = tag.into_iter().flat_map(|tag| processor.held_of_physical(tag, gpa));
             explained(what, held)
@@ -32,12 +33,9 @@ pub(crate) fn entered(stage: &Stage, processor: &Processor, tag: PhysicalTag) ->
     none_older(processor, tag, stage.zapped.get())?;
     for held in processor.held_by(Tag::Physical(tag)) {
         if let Mapping::Page(page) = held.mapping {
-            // Of a large page only the ends: what moved between them shows when the guest uses it.
-            for offset in [0, page.size.bytes() - 4096] {
-                let (gfn, frame) = ((page.at + offset) >> 12, (page.frame.raw() + offset) >> 12);
-                judge(stage, gfn, frame, page.nested.has(Rights::WRITE))
-                    .map_err(|what| explained(what, [held]))?;
-            }
+            let (gfn, frame, pages) = (page.at >> 12, page.frame.raw() >> 12, page.size.bytes() >> 12);
+            judge(stage, gfn, frame, pages, page.nested.has(Rights::WRITE))
+                .map_err(|what| explained(what, [held]))?;
         }
     }
     Ok(())
@@ -47,14 +45,18 @@ pub(crate) fn entered(stage: &Stage, processor: &Processor, tag: PhysicalTag) ->
 pub(crate) fn gone(stage: &Stage, size: PageSize, frame: Pfn) -> Result<(), Violation> {
     for (number, physical) in stage.processors.iter().enumerate() {
         let Some(tag) = physical.guest.get() else { continue };
-        let processor = physical.model.borrow();
-        for offset in [0, size.pages() - 1] {
-            let pfn = vmmu_machine::Pfn::new(frame.raw() + offset);
-            if let Some(held) = processor.held_to(pfn).find(|held| held.tag == Tag::Physical(tag)) {
-                let what =
-                    format!("processor {number}, in the guest, reaches a frame that was taken away: {pfn:?}");
-                return Err(explained(what, [held]));
+        let taken = frame.raw()..frame.raw() + size.pages();
+        let reaches = |held: &&Held| match held.mapping {
+            Mapping::Page(page) => {
+                let first = page.frame.raw() >> 12;
+                first < taken.end && taken.start < first + (page.size.bytes() >> 12)
             }
+            Mapping::Table(_) => false,
+        };
+        if let Some(held) = physical.model.borrow().held_by(Tag::Physical(tag)).find(reaches) {
+            let what =
+                format!("processor {number}, in the guest, reaches a frame that was taken away: {taken:#x?}");
+            return Err(explained(what, [held]));
         }
     }
     Ok(())
@@ -99,20 +101,29 @@ fn explained<'a>(what: String, held: impl IntoIterator<Item = &'a Held>) -> Viol
     violation
 }
 
-pub(crate) fn judge(stage: &Stage, gfn: u64, frame: u64, write: bool) -> Result<(), String> {
+/// Judges that the guest may reach `pages` host frames from `frame` on for guest frames from `gfn` on.
+pub(crate) fn judge(stage: &Stage, gfn: u64, frame: u64, pages: u64, write: bool) -> Result<(), String> {
     let world = stage.world.borrow();
-    if world.open.iter().any(|range| range.contains(Gfn::new(gfn))) {
-        return Err(format!("guest frame {gfn:#x} reaches host frame {frame:#x} while it is taken away"));
+    let all = GfnRange::with_len(Gfn::new(gfn), pages).unwrap_or(GfnRange::EMPTY);
+    if world.open.iter().any(|range| range.overlaps(all)) {
+        return Err(format!("{all:?} reaches host frames from {frame:#x} on while it is taken away"));
     }
+    if world.at(gfn).any(|slot| slot.holds(gfn, frame, pages, write)) {
+        return Ok(());
+    }
+    // Not of one slot as a whole: page by page.
+    (0..pages).try_for_each(|page| judge_page(&world, gfn + page, frame + page, write))
+}
+
+fn judge_page(world: &World, gfn: u64, frame: u64, write: bool) -> Result<(), String> {
     let mut frames = 0;
     for (pfn, writable) in world.allowed(gfn) {
         frames += 1;
+        if pfn.raw() == frame && (writable || !write) {
+            return Ok(());
+        }
         if pfn.raw() == frame {
-            return if write && !writable {
-                Err(format!("guest frame {gfn:#x} is writable, its slot or backing is not"))
-            } else {
-                Ok(())
-            };
+            return Err(format!("guest frame {gfn:#x} is writable, its slot or backing is not"));
         }
     }
     Err(match frames {

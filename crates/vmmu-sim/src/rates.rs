@@ -76,6 +76,8 @@ pub struct Rates {
     pub moves: u64,
     /// Everything is zapped once in so many turns.
     pub zaps: u64,
+    /// Some vCPU, or every one, is kicked once in so many turns.
+    pub kicks: u64,
     /// One access in so many goes anywhere, not to a slot; of those, one in so many beyond what processors can name.
     pub devices: u64,
     /// Likewise.
@@ -86,6 +88,8 @@ pub struct Rates {
     pub software: u64,
     /// Likewise.
     pub writes: u64,
+    /// Threads that are no vCPU and do nothing else.
+    pub readers: u64,
     /// One entry in so many is dropped without having run.
     pub dropped: u64,
     /// One entry in so many is forgotten.
@@ -160,11 +164,13 @@ impl Rates {
             empty: 1,
             moves: random.pick(&[6, 30, 150]),
             zaps: random.pick(&[50, 300, 1000]),
+            kicks: 0,
             devices: random.pick(&[12, 40]),
             beyond: 0,
             far: 0,
             software: 8,
             writes: 0,
+            readers: 0,
             dropped: 32,
             forgotten: 32,
             speculation: 8,
@@ -261,10 +267,12 @@ impl Rates {
                 Spread::Far => &[40, 150],
                 _ => &[10, 50, 300, 1000],
             }),
+            kicks: random.pick(&[0, 0, 40, 200]),
             devices: random.pick(&[16, 60]),
             beyond: 8,
             far: if far { 2 } else { 0 },
             writes: 4,
+            readers: random.below(2),
             patient: spread == Spread::Wide && plain.patient,
             fetches: random.pick(&[0, 8, 24]),
             edits: 4,
@@ -308,7 +316,10 @@ impl Rates {
                 Part::Giants => &mut self.giants,
                 Part::Forgotten => &mut self.forgotten,
                 Part::Dropped => &mut self.dropped,
-                Part::Software => &mut self.software,
+                Part::Software => {
+                    self.readers = 0;
+                    &mut self.software
+                }
                 Part::Zaps => &mut self.zaps,
                 Part::SlotChanges => &mut self.slot_changes,
                 Part::Moves => &mut self.moves,
@@ -316,6 +327,7 @@ impl Rates {
                 Part::LateStores => &mut self.drain,
                 Part::Fetches => &mut self.fetches,
                 Part::Splits => &mut self.splits,
+                Part::Kicks => &mut self.kicks,
             } = 0;
         }
     }

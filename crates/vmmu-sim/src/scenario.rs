@@ -73,15 +73,11 @@ scenarios! {
         processors: 3, vcpus: 3, accesses: 4, moves: 100, slot_changes: 1, zaps: 1000, places: 2,
         slots: 2, lengths: &[4, 6], patient: false, switch: 20, bias: 60,
     }
-    /// Everything zapped all the time.
-    Zaps "zaps" {
-        processors: 3, vcpus: 3, accesses: 8, moves: 60, slot_changes: 400, zaps: 1, places: 2, slots: 2,
-        lengths: &[4, 512], patient: false,
-    }
     /// Everything zapped while faults in many places need tables.
     Roots "roots" {
         processors: 2, vcpus: 3, accesses: 1, moves: 400, slot_changes: 4000, zaps: 1, places: 6, slots: 4,
-        lengths: &[4], patient: false, away: 1, software: 0, fetches: 0, slow: 0, switch: 400, bias: 95, movers: 0, devices: 0,
+        lengths: &[4], patient: false, away: 1, software: 0, fetches: 0, slow: 0, switch: 400, bias: 95, movers: 0,
+        devices: 0,
     }
     /// Guests that leave only when they are kicked, while everything is zapped.
     PatientZaps "patient-zaps" {
@@ -98,6 +94,11 @@ scenarios! {
         processors: 3, vcpus: 2, moves: 3, slot_changes: 0, zaps: 0, places: 1, slots: 1, movers: 1,
         lengths: &[4], patient: true, away: 4000, read_only: 0, devices: 0, software: 0, fetches: 0,
     }
+    /// Guests that leave only when somebody kicks them, or they fault.
+    Kicks "kicks" {
+        processors: 3, vcpus: 3, moves: 0, slot_changes: 0, zaps: 0, places: 1, slots: 1, lengths: &[4], patient: true,
+        away: 4000, read_only: 0, devices: 0, software: 0, fetches: 0, kicks: 1,
+    }
     /// One processor whose few vCPUs come back to what it remembers.
     Notes "notes" {
         processors: 1, vcpus: 2, tags: 8, accesses: 3, moves: 1, slot_changes: 4000, zaps: 4000, places: 1,
@@ -107,7 +108,8 @@ scenarios! {
     /// Invalidations in large pages that change nothing: small leaves beside them, which large ones replace later.
     Collapses "collapses" {
         processors: 3, vcpus: 4, accesses: 4, moves: 1, slot_changes: 2000, zaps: 200, places: 2, slots: 2,
-        lengths: &[512], patient: false, large: 1, splits: 0, idle: 1, slow: 0, software: 0, fetches: 0, switch: 8, bias: 95,
+        lengths: &[512], patient: false, large: 1, splits: 0, idle: 1, slow: 0, software: 0, fetches: 0, switch: 8,
+        bias: 95,
     }
     /// Software that reads and fetches while memory moves.
     Software "software" {

@@ -109,6 +109,35 @@ pub(crate) struct Slot {
     pub(crate) settled: bool,
 }
 
+impl Slot {
+    /// Whether what is behind `gfn`, a page of it, is there, and its backing says so.
+    pub(crate) fn is_here(&self, gfn: u64) -> bool {
+        let page = self.backing.page(gfn - self.gfn);
+        page.is_some_and(|page| !page.absent && page.refuses.is_none())
+    }
+    /// Whether the guest may write to what is behind `gfn`, a page of it.
+    pub(crate) fn is_writable(&self, gfn: u64) -> bool {
+        !self.read_only && self.backing.page(gfn - self.gfn).is_some_and(|page| page.writable)
+    }
+    /// Whether `pages` pages from guest frame `gfn` on lie in it and have the host frames from `frame` on, which the
+    /// guest may write to, if it is to.
+    pub(crate) fn holds(&self, gfn: u64, frame: u64, pages: u64, write: bool) -> bool {
+        let Some(first) = gfn.checked_sub(self.gfn).filter(|first| first + pages <= self.pages) else {
+            return false;
+        };
+        let allowed = |page: &Page| page.refuses.is_none() && !(write && (self.read_only || !page.writable));
+        let held = self.backing.pages.lock().expect("one thread");
+        match held.first() {
+            Some(giant) if giant.size == PageSize::Size1G => {
+                giant.pfn.raw() + first == frame && allowed(giant)
+            }
+            _ => held.get(first as usize..(first + pages) as usize).is_some_and(|span| {
+                span.iter().zip(frame..).all(|(page, frame)| page.pfn.raw() == frame && allowed(page))
+            }),
+        }
+    }
+}
+
 /// The model of one VM.
 #[derive(Debug, Default)]
 pub(crate) struct World {
@@ -162,6 +191,11 @@ impl World {
         }
     }
 
+    /// Whether `gfn` is taken away now.
+    pub(crate) fn is_open(&self, gfn: u64) -> bool {
+        self.open.iter().any(|range| range.contains(Gfn::new(gfn)))
+    }
+
     /// Whether a backing may say `why` of `gfn` now instead of naming a frame.
     pub(crate) fn may_refuse(&self, gfn: u64, why: ResolveError) -> bool {
         let page = |slot: &Slot| slot.backing.page(gfn - slot.gfn);
@@ -169,8 +203,13 @@ impl World {
             return true;
         }
         let absent = self.at(gfn).any(|slot| page(slot).is_none_or(|page| page.absent));
-        let open = self.open.iter().any(|range| range.contains(Gfn::new(gfn)));
-        why == ResolveError::Unbacked && absent && !open
+        why == ResolveError::Unbacked && absent && !self.is_open(gfn)
+    }
+
+    /// Whether a slot, or what takes its place, is where it was when `slot` was looked up, and nowhere else.
+    pub(crate) fn stays(&self, slot: &Slot) -> bool {
+        let mut places = self.slots.iter().filter(|s| Arc::ptr_eq(&s.backing, &slot.backing)).peekable();
+        places.peek().is_some() && places.all(|s| s.gfn == slot.gfn)
     }
 
     /// The slots that hold `gfn`, settled or not.
