@@ -16,8 +16,8 @@ use crate::story::Violation;
 use crate::world::{SimBacking, Slot};
 use std::sync::Arc;
 use vmmu::{
-    EntryFlush, Error, Fault, Gfn, Gpa, Outcome, PageSize, Region, RegionFlags, ResolveError, SlotError,
-    SlotId, Vcpu, instrument,
+    AddressSpace, EntryFlush, Error, Fault, Gfn, Gpa, Outcome, PageSize, Region, RegionFlags, ResolveError,
+    SlotError, SlotId, Vcpu, instrument,
 };
 use vmmu_machine::{AccessKind, NestedTables, NptContext, PhysicalTag, Registers, TlbControl};
 
@@ -62,8 +62,8 @@ pub(crate) fn is_wide(stage: &Stage) -> bool {
     matches!(stage.rates.spread, Spread::Wide | Spread::Far)
 }
 
-/// A guest frame: mostly one of few in a slot, as guests know their memory; now and then any.
-pub(crate) fn some_gfn(stage: &Stage, random: &mut Random) -> u64 {
+/// A guest frame of `space`: mostly one of few in a slot, as guests know their memory; now and then any.
+pub(crate) fn some_gfn(stage: &Stage, space: AddressSpace, random: &mut Random) -> u64 {
     let within = match stage.rates.spread {
         Spread::Wide | Spread::Far if random.one_in(12) => random.below(EVEN),
         Spread::Wide | Spread::Far => random.below(FEW),
@@ -74,10 +74,10 @@ pub(crate) fn some_gfn(stage: &Stage, random: &mut Random) -> u64 {
         return (2 + random.below(FAR)) << 27;
     }
     let world = stage.world.borrow();
-    if world.slots.is_empty() || random.one_in(stage.rates.devices) {
+    let elsewhere = random.one_in(stage.rates.devices);
+    let Some(slot) = world.some_slot(space, random).filter(|_| !elsewhere) else {
         return if random.one_in(stage.rates.beyond) { BEYOND } else { random.pick(places(stage)) } + within;
-    }
-    let slot = &world.slots[random.below(world.slots.len() as u64) as usize];
+    };
     let block = if slot.pages == GIANT { 512 * random.below(3) } else { 0 };
     slot.gfn + (block + within).min(slot.pages - 1)
 }
@@ -104,23 +104,31 @@ pub(crate) fn vcpu(stage: &Stage, mut random: Random) {
     let who = format!("vcpu {}", vcpu.id().number());
     let (mut last, mut late, mut tries) = (None, None, 0);
     let mut retries = Retries::default();
+    let mut space = AddressSpace::NORMAL;
     if random.one_in(stage.rates.unprepared) {
-        guest(stage, &mut vcpu, &who, &mut random, &mut last);
+        guest(stage, &mut vcpu, space, &who, &mut random, &mut last);
     }
     while stage.step() {
         stage.boundary();
+        if stage.rates.spaces > 1 && random.one_in(stage.rates.space_changes) {
+            space = stage.some_space(&mut random);
+            stage.tell(&who, || format!("changes to address space {}", space.number()));
+            if let Err(error) = vcpu.set_address_space(space) {
+                return stage.violate(Violation::new(format!("{who}: set_address_space: {error}")));
+            }
+        }
         match vcpu.prepare() {
             Ok(()) => stage.kicks.prepared(vcpu.id()),
             Err(error) if no_tables(stage, error) => continue,
             Err(error) => return stage.violate(Violation::new(format!("{who}: prepare: {error}"))),
         }
         if random.one_in(stage.rates.fetches) {
-            fetch::fetch(stage, &mut vcpu, &who, &mut random);
+            fetch::fetch(stage, &mut vcpu, space, &who, &mut random);
         } else if random.one_in(stage.rates.software) {
-            software::accesses(stage, &mut Software::Vcpu(&mut vcpu), &who, &mut random);
-        } else if let Some(fault) = guest(stage, &mut vcpu, &who, &mut random, &mut last) {
+            software::accesses(stage, &mut Software::Vcpu(&mut vcpu), space, &who, &mut random);
+        } else if let Some(fault) = guest(stage, &mut vcpu, space, &who, &mut random, &mut last) {
             let quiet = stage.operations.quiet();
-            let outcome = handle(stage, &mut vcpu, &who, fault);
+            let outcome = handle(stage, &mut vcpu, space, &who, fault);
             let again = outcome == Some(Outcome::Resume);
             retries.judge(stage, &who, fault, if again { quiet } else { None });
             if outcome.is_some() && !again {
@@ -141,7 +149,7 @@ pub(crate) fn vcpu(stage: &Stage, mut random: Random) {
         if random.one_in(stage.rates.late)
             && let Some(fault) = late.take()
         {
-            handle(stage, &mut vcpu, &who, fault);
+            handle(stage, &mut vcpu, space, &who, fault);
         }
     }
 }
@@ -150,6 +158,7 @@ pub(crate) fn vcpu(stage: &Stage, mut random: Random) {
 fn guest(
     stage: &Stage,
     vcpu: &mut Vcpu<SimHost>,
+    space: AddressSpace,
     who: &str,
     random: &mut Random,
     last: &mut Option<u64>,
@@ -173,7 +182,7 @@ fn guest(
     if random.one_in(stage.rates.forgotten) {
         stage.tell(who, || format!("its entry on processor {number} is forgotten"));
         // It may have run all the same.
-        run(stage, number, &entry, who, id, random, last, 1);
+        run(stage, number, &entry, space, who, id, random, last, 1);
         std::mem::forget(entry);
         drop(tags);
         for _ in 0..random.below(FORGOTTEN) {
@@ -184,7 +193,7 @@ fn guest(
         return None;
     }
     let accesses = if stage.rates.patient { u64::MAX } else { 1 + random.below(stage.rates.accesses) };
-    let fault = run(stage, number, &entry, who, id, random, last, accesses);
+    let fault = run(stage, number, &entry, space, who, id, random, last, accesses);
     entry.ran();
     fault
 }
@@ -195,6 +204,7 @@ fn run(
     stage: &Stage,
     number: usize,
     entry: &vmmu::Entry<'_, SimHost>,
+    space: AddressSpace,
     who: &str,
     id: vmmu::VcpuId,
     random: &mut Random,
@@ -229,7 +239,7 @@ fn run(
     }
     let tag = PhysicalTag::Asid(entry.tag() as u16);
     stage.processors[number].guest.set(Some(tag));
-    if let Err(mut violation) = oracle::entered(stage, &model.borrow(), tag) {
+    if let Err(mut violation) = oracle::entered(stage, &model.borrow(), tag, space) {
         violation.what = format!("{who} enters processor {number}: {}", violation.what);
         stage.violate(violation);
     }
@@ -258,7 +268,7 @@ fn run(
             stage.hot.get()
         } else {
             let stays = last.filter(|_| !random.one_in(stage.rates.away));
-            (stays.unwrap_or_else(|| some_gfn(stage, random)), kind)
+            (stays.unwrap_or_else(|| some_gfn(stage, space, random)), kind)
         };
         *last = Some(gfn);
         let gpa = vmmu_machine::Gpa::new(gfn << 12);
@@ -268,7 +278,7 @@ fn run(
         if random.one_in(stage.rates.speculation) {
             let _ = processor.speculate_physical(&stage.memory, gpa, seed);
         }
-        if let Err(mut violation) = oracle::one(stage, &processor, gfn) {
+        if let Err(mut violation) = oracle::one(stage, &processor, space, gfn) {
             violation.what = format!("{who} on processor {number}: {}", violation.what);
             stage.violate(violation);
             break;
@@ -333,7 +343,13 @@ impl Retries {
 }
 
 /// Takes a fault to the library, and judges the answer; none where something ran out.
-fn handle(stage: &Stage, vcpu: &mut Vcpu<SimHost>, who: &str, fault: Fault) -> Option<Outcome> {
+fn handle(
+    stage: &Stage,
+    vcpu: &mut Vcpu<SimHost>,
+    space: AddressSpace,
+    who: &str,
+    fault: Fault,
+) -> Option<Outcome> {
     let gfn = fault.gpa().gfn().raw();
     let before = stage.world.borrow().moment();
     let outcome = match vcpu.handle_fault(fault) {
@@ -357,12 +373,13 @@ fn handle(stage: &Stage, vcpu: &mut Vcpu<SimHost>, who: &str, fault: Fault) -> O
     let unchanged = world.changes == before.0;
     let wrong = match outcome {
         Outcome::MemoryFault(refused) => {
-            refused.gpa.gfn().raw() != gfn || world.moment() == before && !world.may_refuse(gfn, refused.why)
+            refused.gpa.gfn().raw() != gfn
+                || world.moment() == before && !world.may_refuse(space, gfn, refused.why)
         }
         Outcome::Resume => false,
-        Outcome::Mmio(_) => unchanged && world.at(gfn).any(|slot| slot.settled),
+        Outcome::Mmio(_) => unchanged && world.at(space, gfn).any(|slot| slot.settled),
         Outcome::ReadOnlyWrite(_) => {
-            !fault.access().write || unchanged && world.at(gfn).all(|slot| slot.is_writable(gfn))
+            !fault.access().write || unchanged && world.at(space, gfn).all(|slot| slot.is_writable(gfn))
         }
         _ => true,
     };
@@ -378,7 +395,8 @@ pub(crate) fn slots(stage: &Stage, mut random: Random) {
     let mut backings = 0;
     while !stage.over() {
         stage.boundary();
-        let id = random.below(u64::from(stage.rates.slots)) as u16;
+        let number = random.below(u64::from(stage.rates.slots)) as u16;
+        let id = SlotId::in_space(stage.some_space(&mut random), number);
         let existing = stage.world.borrow().slots.iter().position(|s| s.id == id);
         let rate = if existing.is_some() { stage.rates.slot_changes } else { stage.rates.empty };
         if !random.one_in(rate) || !stage.begin(&mut random) {
@@ -396,7 +414,7 @@ pub(crate) fn slots(stage: &Stage, mut random: Random) {
     }
 }
 
-fn create(stage: &Stage, random: &mut Random, id: u16, backing_id: u64) {
+fn create(stage: &Stage, random: &mut Random, id: SlotId, backing_id: u64) {
     let (gfn, pages) = if random.one_in(stage.rates.giants) {
         (random.pick(if is_wide(stage) { &GIANTS } else { &GIANTS[..1] }), GIANT)
     } else {
@@ -420,8 +438,8 @@ fn create(stage: &Stage, random: &mut Random, id: u16, backing_id: u64) {
     }
     let flags = if read_only { RegionFlags::READ_ONLY } else { RegionFlags::empty() };
     let region = Region::new(Gfn::new(gfn), pages, backing).flags(flags);
-    stage.tell("slots", || format!("makes slot {id} at {gfn:#x}, {pages} pages"));
-    let result = stage.vm.set_region(SlotId::new(id), region);
+    stage.tell("slots", || format!("makes {id} at {gfn:#x}, {pages} pages"));
+    let result = stage.vm.set_region(id, region);
     let mut world = stage.world.borrow_mut();
     world.changes += 1;
     let at = world.slots.iter().position(|s| s.id == id).unwrap_or(0);
@@ -460,8 +478,8 @@ fn delete(stage: &Stage, at: usize) {
         world.slots[at].settled = false;
         world.slots[at].clone()
     };
-    stage.tell("slots", || format!("deletes slot {} at {:#x}", slot.id, slot.gfn));
-    if let Err(error) = stage.vm.delete_region(SlotId::new(slot.id)) {
+    stage.tell("slots", || format!("deletes {} at {:#x}", slot.id, slot.gfn));
+    if let Err(error) = stage.vm.delete_region(slot.id) {
         return stage.violate(Violation::new(format!("delete_region: {error}")));
     }
     {
@@ -486,8 +504,8 @@ fn relocate(stage: &Stage, random: &mut Random, at: usize) {
     };
     let flags = if slot.read_only { RegionFlags::READ_ONLY } else { RegionFlags::empty() };
     let region = Region::new(Gfn::new(gfn), slot.pages, slot.backing.clone()).flags(flags);
-    stage.tell("slots", || format!("moves slot {} from {:#x} to {gfn:#x}", slot.id, slot.gfn));
-    let result = stage.vm.set_region(SlotId::new(slot.id), region);
+    stage.tell("slots", || format!("moves {} from {:#x} to {gfn:#x}", slot.id, slot.gfn));
+    let result = stage.vm.set_region(slot.id, region);
     let mut world = stage.world.borrow_mut();
     world.changes += 1;
     match result {

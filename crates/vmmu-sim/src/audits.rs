@@ -63,7 +63,7 @@ fn whole_tables(stage: &Stage) -> Result<(), Violation> {
 fn judge_mapping(stage: &Stage, mapping: Mapping, wrong: &mut Option<String>) {
     if wrong.is_none() {
         let (gfn, frame, pages) = (mapping.gfn.raw(), mapping.pfn.raw(), mapping.size.pages());
-        *wrong = judge(stage, gfn, frame, pages, mapping.writable).err();
+        *wrong = judge(stage, mapping.space, gfn, frame, pages, mapping.writable).err();
     }
 }
 

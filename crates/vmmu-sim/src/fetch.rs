@@ -9,7 +9,7 @@ use crate::history::{Accesses, Stage};
 use crate::host::{POISON, SimHost, WORDS};
 use crate::random::Random;
 use crate::story::Violation;
-use vmmu::{Error, FetchError, Gpa, Gva, PagingState, Vcpu, WalkError};
+use vmmu::{AddressSpace, Error, FetchError, Gpa, Gva, PagingState, Vcpu, WalkError};
 
 /// CR0 with paging and protection.
 const CR0: u64 = 0x8000_0011;
@@ -30,13 +30,16 @@ pub(crate) fn table(gfn: u64, page: u64) -> Option<u64> {
 }
 
 /// Fetches an instruction, mostly where one was fetched before.
-pub(crate) fn fetch(stage: &Stage, vcpu: &mut Vcpu<SimHost>, who: &str, random: &mut Random) {
+pub(crate) fn fetch(
+    stage: &Stage,
+    vcpu: &mut Vcpu<SimHost>,
+    space: AddressSpace,
+    who: &str,
+    random: &mut Random,
+) {
     if vcpu.paging_mut().cr0 == 0 || random.one_in(16) {
         let world = stage.world.borrow();
-        if world.slots.is_empty() {
-            return;
-        }
-        let slot = &world.slots[random.below(world.slots.len() as u64) as usize];
+        let Some(slot) = world.some_slot(space, random) else { return };
         if slot.gfn + 4 > REACH {
             return;
         }
@@ -54,7 +57,7 @@ pub(crate) fn fetch(stage: &Stage, vcpu: &mut Vcpu<SimHost>, who: &str, random: 
     }
     let gva = Gva::new(random.below(4) << 12 | random.below(WORDS as u64 - 1) << 3);
     stage.tell(who, || format!("fetches at {gva}"));
-    let before = Moment::now(stage, vcpu.paging_mut().cr3, gva);
+    let before = Moment::now(stage, space, vcpu.paging_mut().cr3, gva);
     match vcpu.fetch_instruction(gva) {
         Ok(bytes) => {
             let counted = stage.accesses.get();
@@ -77,7 +80,7 @@ pub(crate) fn fetch(stage: &Stage, vcpu: &mut Vcpu<SimHost>, who: &str, random: 
                 FetchError::Walk(WalkError::Host { at, why }) => match why {
                     Error::Backing { why: refused, .. } => {
                         let (changed, world) = (before.changed(stage), stage.world.borrow());
-                        changed || no_answer(stage, why) || world.may_refuse(at.gfn().raw(), refused)
+                        changed || no_answer(stage, why) || world.may_refuse(space, at.gfn().raw(), refused)
                     }
                     _ => false,
                 },
@@ -105,16 +108,16 @@ enum Walk {
 
 impl Walk {
     /// What a processor would come to that walks now, from a table of 32-bit paging.
-    fn now(stage: &Stage, cr3: u64, gva: Gva) -> Self {
-        Self::to_the_end(stage, cr3, gva).map_or_else(|before| before, Self::Reads)
+    fn now(stage: &Stage, space: AddressSpace, cr3: u64, gva: Gva) -> Self {
+        Self::to_the_end(stage, space, cr3, gva).map_or_else(|before| before, Self::Reads)
     }
     /// The words at the end of it, or how it ends before.
-    fn to_the_end(stage: &Stage, cr3: u64, gva: Gva) -> Result<[u64; 2], Self> {
+    fn to_the_end(stage: &Stage, space: AddressSpace, cr3: u64, gva: Gva) -> Result<[u64; 2], Self> {
         let word = |gpa: u64| {
             let gfn = gpa >> 12;
             let world = stage.world.borrow();
-            let settled = world.at(gfn).all(|slot| slot.settled && slot.is_here(gfn));
-            match stage.words(gfn, gpa % 4096 / 8)[..] {
+            let settled = world.at(space, gfn).all(|slot| slot.settled && slot.is_here(gfn));
+            match stage.words(space, gfn, gpa % 4096 / 8)[..] {
                 _ if !settled || world.is_open(gfn) => Err(Self::Unknown),
                 [] => Err(Self::Ends),
                 [word] => Ok(word),
@@ -149,14 +152,15 @@ impl Walk {
 struct Moment {
     world: (u64, u64),
     writes: Option<u64>,
+    space: AddressSpace,
     cr3: u64,
     gva: Gva,
 }
 
 impl Moment {
-    fn now(stage: &Stage, cr3: u64, gva: Gva) -> Self {
+    fn now(stage: &Stage, space: AddressSpace, cr3: u64, gva: Gva) -> Self {
         let (world, writes) = (stage.world.borrow().moment(), stage.writes.quiet());
-        Self { world, writes, cr3, gva }
+        Self { world, writes, space, cr3, gva }
     }
     fn changed(&self, stage: &Stage) -> bool {
         stage.world.borrow().moment() != self.world
@@ -164,6 +168,6 @@ impl Moment {
     /// The walk that was right all the time since; `None` where something changed.
     fn stands(&self, stage: &Stage) -> Option<Walk> {
         let same = !self.changed(stage) && self.writes.is_some() && stage.writes.quiet() == self.writes;
-        same.then(|| Walk::now(stage, self.cr3, self.gva))
+        same.then(|| Walk::now(stage, self.space, self.cr3, self.gva))
     }
 }

@@ -23,7 +23,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::rc::Rc;
 use std::sync::Arc;
 use vmmu::instrument::{self, with_scheduler};
-use vmmu::{Config, GfnRange, PhysCpu, Stats, TableFormat, TagSet, Vm};
+use vmmu::{AddressSpace, Config, GfnRange, PhysCpu, Stats, TableFormat, TagSet, Vm};
 use vmmu_machine::{AccessKind, Features, Memory, PhysicalTag, Processor, Quirks};
 
 std::thread_local! {
@@ -183,9 +183,13 @@ impl Stage {
             self.violate(Violation::new(format!("{what} took {steps} steps: a guest was not kicked")));
         }
     }
-    /// The word at `at` of each page that may be behind `gfn` now.
-    pub(crate) fn words(&self, gfn: u64, at: u64) -> Vec<u64> {
-        self.world.borrow().allowed(gfn).map(|(pfn, _)| self.host.word(pfn, at as usize)).collect()
+    /// The word at `at` of each page that may be behind `gfn` in `space` now.
+    pub(crate) fn words(&self, space: AddressSpace, gfn: u64, at: u64) -> Vec<u64> {
+        self.world.borrow().allowed(space, gfn).map(|(pfn, _)| self.host.word(pfn, at as usize)).collect()
+    }
+    /// One of the address spaces.
+    pub(crate) fn some_space(&self, random: &mut Random) -> AddressSpace {
+        if random.below(u64::from(self.rates.spaces)) == 0 { AddressSpace::NORMAL } else { AddressSpace::SMM }
     }
     /// Tells what a task does.
     pub(crate) fn tell(&self, who: &str, what: impl FnOnce() -> String) {
@@ -259,7 +263,10 @@ pub fn run(case: &Case) -> Ended {
     let host = SimHost::new(Arc::clone(&memory), Random::new(random.bits()), failures, delay);
     let format = if rates.five_levels { TableFormat::Npt5 } else { TableFormat::Npt4 };
     let limit = if rates.limit == 0 { u64::MAX } else { rates.limit * host::BLOCK };
-    let config = Config::new(format, PHYS_BITS).memory_limit(limit).optimizations(rates.optimizations);
+    let config = Config::new(format, PHYS_BITS)
+        .memory_limit(limit)
+        .address_spaces(rates.spaces)
+        .optimizations(rates.optimizations);
     let vm = Vm::new(host.clone(), config).expect("a legal configuration");
     // What an earlier history of this thread left behind is not this one's.
     drop((Coverage::take(), instrument::take_changed()));

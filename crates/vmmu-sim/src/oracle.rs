@@ -10,16 +10,21 @@
 use crate::history::Stage;
 use crate::story::Violation;
 use crate::world::World;
-use vmmu::{Gfn, GfnRange, PageSize, Pfn};
+use vmmu::{AddressSpace, Gfn, GfnRange, PageSize, Pfn};
 use vmmu_machine::{Gpa, Held, Mapping, PhysicalTag, Processor, Rights, Tag};
 
-/// Judges every translation of `gfn` that `processor`, which is in the guest, could use now.
-pub(crate) fn one(stage: &Stage, processor: &Processor, gfn: u64) -> Result<(), Violation> {
+/// Judges every translation of `gfn` that `processor`, which runs a guest in `space`, could use now.
+pub(crate) fn one(
+    stage: &Stage,
+    processor: &Processor,
+    space: AddressSpace,
+    gfn: u64,
+) -> Result<(), Violation> {
     let queries = processor.queries(&stage.memory);
     let gpa = Gpa::new(gfn << 12);
     for translation in queries.physical_translations(gpa) {
         let (frame, write) = (translation.hpa.raw() >> 12, translation.nested.has(Rights::WRITE));
-        judge(stage, gfn, frame, 1, write).map_err(|what| {
+        judge(stage, space, gfn, frame, 1, write).map_err(|what| {
             let tag = queries.physical_tag();
             let held = tag.into_iter().flat_map(|tag| processor.held_of_physical(tag, gpa));
             explained(what, held)
@@ -28,13 +33,18 @@ pub(crate) fn one(stage: &Stage, processor: &Processor, gfn: u64) -> Result<(), 
     Ok(())
 }
 
-/// Judges all that `processor` holds under `tag`, with which a guest is entered.
-pub(crate) fn entered(stage: &Stage, processor: &Processor, tag: PhysicalTag) -> Result<(), Violation> {
+/// Judges all that `processor` holds under `tag`, with which a guest is entered in `space`.
+pub(crate) fn entered(
+    stage: &Stage,
+    processor: &Processor,
+    tag: PhysicalTag,
+    space: AddressSpace,
+) -> Result<(), Violation> {
     none_older(processor, tag, stage.zapped.get())?;
     for held in processor.held_by(Tag::Physical(tag)) {
         if let Mapping::Page(page) = held.mapping {
             let (gfn, frame, pages) = (page.at >> 12, page.frame.raw() >> 12, page.size.bytes() >> 12);
-            judge(stage, gfn, frame, pages, page.nested.has(Rights::WRITE))
+            judge(stage, space, gfn, frame, pages, page.nested.has(Rights::WRITE))
                 .map_err(|what| explained(what, [held]))?;
         }
     }
@@ -101,23 +111,30 @@ fn explained<'a>(what: String, held: impl IntoIterator<Item = &'a Held>) -> Viol
     violation
 }
 
-/// Judges that the guest may reach `pages` host frames from `frame` on for guest frames from `gfn` on.
-pub(crate) fn judge(stage: &Stage, gfn: u64, frame: u64, pages: u64, write: bool) -> Result<(), String> {
+/// Judges that a guest in `space` may reach `pages` host frames from `frame` on for guest frames from `gfn` on.
+pub(crate) fn judge(
+    stage: &Stage,
+    space: AddressSpace,
+    gfn: u64,
+    frame: u64,
+    pages: u64,
+    write: bool,
+) -> Result<(), String> {
     let world = stage.world.borrow();
     let all = GfnRange::with_len(Gfn::new(gfn), pages).unwrap_or(GfnRange::EMPTY);
     if world.open.iter().any(|range| range.overlaps(all)) {
         return Err(format!("{all:?} reaches host frames from {frame:#x} on while it is taken away"));
     }
-    if world.at(gfn).any(|slot| slot.holds(gfn, frame, pages, write)) {
+    if world.at(space, gfn).any(|slot| slot.holds(gfn, frame, pages, write)) {
         return Ok(());
     }
     // Not of one slot as a whole: page by page.
-    (0..pages).try_for_each(|page| judge_page(&world, gfn + page, frame + page, write))
+    (0..pages).try_for_each(|page| judge_page(&world, space, gfn + page, frame + page, write))
 }
 
-fn judge_page(world: &World, gfn: u64, frame: u64, write: bool) -> Result<(), String> {
+fn judge_page(world: &World, space: AddressSpace, gfn: u64, frame: u64, write: bool) -> Result<(), String> {
     let mut frames = 0;
-    for (pfn, writable) in world.allowed(gfn) {
+    for (pfn, writable) in world.allowed(space, gfn) {
         frames += 1;
         if pfn.raw() == frame && (writable || !write) {
             return Ok(());

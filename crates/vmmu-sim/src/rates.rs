@@ -44,6 +44,10 @@ pub struct Rates {
     pub processors: usize,
     /// Likewise.
     pub vcpus: usize,
+    /// Address spaces.
+    pub spaces: u8,
+    /// A vCPU changes to another once in so many turns.
+    pub space_changes: u64,
     /// Five-level tables.
     pub five_levels: bool,
     /// Optimisations that are on.
@@ -148,6 +152,8 @@ impl Rates {
             flush_by_tag: random.one_in(2),
             processors: 1 + random.below(3) as usize,
             vcpus: 1 + random.below(4) as usize,
+            spaces: 1,
+            space_changes: 8,
             five_levels: random.one_in(4),
             optimizations: Optimizations::all(),
             failures: Failures::NONE,
@@ -234,6 +240,8 @@ impl Rates {
                 () if far => 0,
                 () => random.pick(&[0, 0, 0, 1, 2, 3]),
             },
+            spaces: if narrow { 1 } else { random.pick(&[1, 1, 1, 2]) },
+            space_changes: random.pick(&[4, 20]),
             optimizations: match random.below(12) {
                 0 => Optimizations::all() - Optimizations::LARGE_PAGES,
                 1 => Optimizations::all() - Optimizations::MMIO_ENTRIES,
@@ -284,10 +292,11 @@ impl Rates {
             },
             lengths: if narrow { &[6, 512, 512, 520] } else { &[4, 6, 512, 520] },
             giants: if spread == Spread::Spot { 0 } else { random.pick(&[0, 1, 2, 2]) },
-            large: random.pick(&[1, 1, 2]),
+            large: random.pick(&[1, 1, 1, 2]),
             lazy: random.pick(if narrow { &[1, 2] } else { &[0, 0, 0, 1, 3] }),
             refused: random.pick(&[0, 12, 60]),
             hesitates: random.pick(&[0, 4, 15]),
+            idle: 2,
             glances: 2,
             ..plain
         }

@@ -105,6 +105,12 @@ scenarios! {
         slots: 1, lengths: &[4], patient: false, dropped: 0, forgotten: 0, movers: 1, bias: 95, slow: 0,
         software: 0, fetches: 0, devices: 0, drain: 60, switch: 20, flush_by_tag: true,
     }
+    /// vCPUs that change between address spaces, and come back to what their processor remembers.
+    Spaces "spaces" {
+        processors: 1, vcpus: 2, tags: 8, accesses: 3, moves: 200, slot_changes: 4000, zaps: 4000, places: 1, slots: 1,
+        lengths: &[4], patient: false, dropped: 0, forgotten: 0, movers: 1, slow: 0, software: 0, fetches: 0,
+        devices: 0, spaces: 2, space_changes: 2,
+    }
     /// Invalidations in large pages that change nothing: small leaves beside them, which large ones replace later.
     Collapses "collapses" {
         processors: 3, vcpus: 4, accesses: 4, moves: 1, slot_changes: 2000, zaps: 200, places: 2, slots: 2,

@@ -8,13 +8,16 @@ use crate::history::{Accesses, Stage};
 use crate::host::{POISON, SimHost, WORDS};
 use crate::random::Random;
 use crate::story::Violation;
-use vmmu::{Error, Gpa, PageSize, Reader, Vcpu};
+use vmmu::{AddressSpace, Error, Gpa, PageSize, Reader, Vcpu};
 
 /// The word of a page from which on software writes: those before it may be guests' tables.
 const WRITTEN: u64 = WORDS as u64 / 2;
 
 /// One turn of a reader in so many is an access.
 const RESTS: u64 = 8;
+
+/// An address space and a guest frame in it.
+type Place = (AddressSpace, u64);
 
 /// Who accesses memory.
 pub(crate) enum Software<'a> {
@@ -41,26 +44,33 @@ impl Software<'_> {
 
 /// A thread that is no vCPU: accesses memory now and then.
 pub(crate) fn reader(stage: &Stage, mut random: Random) {
-    let Ok(mut reader) = stage.vm.reader() else { return };
+    let space = stage.some_space(&mut random);
+    let Ok(mut reader) = stage.vm.reader_in(space) else { return };
     while !stage.over() {
         stage.boundary();
         if random.one_in(RESTS) && stage.begin(&mut random) {
-            accesses(stage, &mut Software::Reader(&mut reader), "reader", &mut random);
+            accesses(stage, &mut Software::Reader(&mut reader), space, "reader", &mut random);
         }
     }
 }
 
 /// Reads or writes a word, and judges what comes of it.
-pub(crate) fn accesses(stage: &Stage, software: &mut Software<'_>, who: &str, random: &mut Random) {
-    let gfn = some_gfn(stage, random);
+pub(crate) fn accesses(
+    stage: &Stage,
+    software: &mut Software<'_>,
+    space: AddressSpace,
+    who: &str,
+    random: &mut Random,
+) {
+    let place = (space, some_gfn(stage, space, random));
     let result = if random.one_in(stage.rates.writes) {
         let at = WRITTEN + random.below(WORDS as u64 - WRITTEN);
-        stage.tell(who, || format!("writes {gfn:#x} by software"));
-        writes(stage, software, gfn, at, random.bits() | 1 << 32)
+        stage.tell(who, || format!("writes {:#x} by software", place.1));
+        writes(stage, software, place, at, random.bits() | 1 << 32)
     } else {
         let at = random.below(WORDS as u64);
-        stage.tell(who, || format!("reads {gfn:#x} by software"));
-        reads(stage, software, gfn, at)
+        stage.tell(who, || format!("reads {:#x} by software", place.1));
+        reads(stage, software, place, at)
     };
     match result {
         Ok(done) => {
@@ -72,15 +82,15 @@ pub(crate) fn accesses(stage: &Stage, software: &mut Software<'_>, who: &str, ra
 }
 
 /// Reads a word; says whether it could.
-fn reads(stage: &Stage, software: &mut Software<'_>, gfn: u64, at: u64) -> Result<bool, String> {
+fn reads(stage: &Stage, software: &mut Software<'_>, (space, gfn): Place, at: u64) -> Result<bool, String> {
     let (moment, writes) = (stage.world.borrow().moment(), stage.writes.quiet());
     let value = match software.read(gpa(gfn, at)) {
         Ok(value) => value,
-        Err(error) => return judge(stage, gfn, error, false, moment).map(|()| false),
+        Err(error) => return judge(stage, (space, gfn), error, false, moment).map(|()| false),
     };
     let world = stage.world.borrow();
     // Not all of a page of 1 GiB is marked.
-    let giant = world.at(gfn).any(|slot| slot.pages == PageSize::Size1G.pages());
+    let giant = world.at(space, gfn).any(|slot| slot.pages == PageSize::Size1G.pages());
     if value == POISON || (value >> 32 == 0 && !giant) {
         return Err(format!("software read {value:#x} at {gfn:#x}, a frame that nobody has"));
     }
@@ -90,7 +100,7 @@ fn reads(stage: &Stage, software: &mut Software<'_>, gfn: u64, at: u64) -> Resul
     if world.is_open(gfn) {
         return Err(format!("software read {gfn:#x} while it was taken away"));
     }
-    let words = stage.words(gfn, at);
+    let words = stage.words(space, gfn, at);
     let known = writes.is_some() && stage.writes.quiet() == writes;
     if words.is_empty() || known && !words.contains(&value) {
         return Err(format!("software read {value:#x} at {gfn:#x}, where {words:#x?} stands"));
@@ -99,14 +109,20 @@ fn reads(stage: &Stage, software: &mut Software<'_>, gfn: u64, at: u64) -> Resul
 }
 
 /// Writes a word; says whether it could.
-fn writes(stage: &Stage, software: &mut Software<'_>, gfn: u64, at: u64, value: u64) -> Result<bool, String> {
+fn writes(
+    stage: &Stage,
+    software: &mut Software<'_>,
+    (space, gfn): Place,
+    at: u64,
+    value: u64,
+) -> Result<bool, String> {
     let (moment, before) = (stage.world.borrow().moment(), stage.writes.quiet());
     let result = {
         let _open = stage.writes.begin();
         software.write(gpa(gfn, at), value)
     };
     if let Err(error) = result {
-        return judge(stage, gfn, error, true, moment).map(|()| false);
+        return judge(stage, (space, gfn), error, true, moment).map(|()| false);
     }
     let world = stage.world.borrow();
     if world.moment() != moment {
@@ -115,26 +131,34 @@ fn writes(stage: &Stage, software: &mut Software<'_>, gfn: u64, at: u64, value: 
     if world.is_open(gfn) {
         return Err(format!("software wrote to {gfn:#x} while it was taken away"));
     }
-    if !world.at(gfn).any(|slot| slot.is_writable(gfn)) {
+    if !world.at(space, gfn).any(|slot| slot.is_writable(gfn)) {
         return Err(format!("software wrote to {gfn:#x}, which is not writable"));
     }
     let alone = before.is_some_and(|before| stage.writes.quiet() == Some(before + 1));
-    if alone && !stage.words(gfn, at).contains(&value) {
+    if alone && !stage.words(space, gfn, at).contains(&value) {
         return Err(format!("software wrote {value:#x} at {gfn:#x}, and it is not there"));
     }
     Ok(true)
 }
 
 /// Judges an access that failed.
-fn judge(stage: &Stage, gfn: u64, error: Error, write: bool, moment: (u64, u64)) -> Result<(), String> {
+fn judge(
+    stage: &Stage,
+    (space, gfn): Place,
+    error: Error,
+    write: bool,
+    moment: (u64, u64),
+) -> Result<(), String> {
     let world = stage.world.borrow();
     let changed = world.moment() != moment;
     let right = match error {
         Error::NoSlot { gpa } => {
-            gpa.gfn().raw() == gfn && (changed || !world.at(gfn).any(|slot| slot.settled))
+            gpa.gfn().raw() == gfn && (changed || !world.at(space, gfn).any(|slot| slot.settled))
         }
-        Error::ReadOnly { .. } => write && (changed || !world.at(gfn).all(|slot| slot.is_writable(gfn))),
-        Error::Backing { why, .. } => changed || no_answer(stage, error) || world.may_refuse(gfn, why),
+        Error::ReadOnly { .. } => {
+            write && (changed || !world.at(space, gfn).all(|slot| slot.is_writable(gfn)))
+        }
+        Error::Backing { why, .. } => changed || no_answer(stage, error) || world.may_refuse(space, gfn, why),
         _ => false,
     };
     if right { Ok(()) } else { Err(format!("software that accesses {gfn:#x} is told: {error}")) }

@@ -4,12 +4,15 @@
 //! before it is asked for, an old one until its deletion has returned, a page's old frame until its invalidation
 //! has returned. Invariant: whatever the library maps between two changes is in [`World::allowed`].
 
+use crate::random::Random;
 use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::rc::Rc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex};
-use vmmu::{Backing, Gfn, GfnRange, PageSize, Pfn, ResolveError, ResolveRequest, Resolved};
+use vmmu::{
+    AddressSpace, Backing, Gfn, GfnRange, PageSize, Pfn, ResolveError, ResolveRequest, Resolved, SlotId,
+};
 
 /// Frames of 2 MiB.
 const BLOCK: u64 = 512;
@@ -100,7 +103,7 @@ unsafe impl Backing for SimBacking {
 /// A slot as the model has it.
 #[derive(Clone, Debug)]
 pub(crate) struct Slot {
-    pub(crate) id: u16,
+    pub(crate) id: SlotId,
     pub(crate) gfn: u64,
     pub(crate) pages: u64,
     pub(crate) read_only: bool,
@@ -145,7 +148,7 @@ pub(crate) struct World {
     pub(crate) slots: Vec<Slot>,
     /// Changes of slots so far: for whoever wants to know that nothing changed meanwhile.
     pub(crate) changes: u64,
-    /// What is taken away just now: no answer about it, of whatever kind, is given while it stands here.
+    /// What is taken away just now, in every address space: no answer about it, of whatever kind, is given while it stands here.
     pub(crate) open: Vec<GfnRange>,
     /// Changes of `open`, and of what is absent.
     pub(crate) openings: u64,
@@ -164,9 +167,9 @@ impl World {
         Self { next_frame: first_frame, ..Self::default() }
     }
 
-    /// The frames that the guest may reach for `gfn` now, and whether it may write to them.
-    pub(crate) fn allowed(&self, gfn: u64) -> impl Iterator<Item = (Pfn, bool)> {
-        self.at(gfn).filter_map(move |s| {
+    /// The frames that a guest in `space` may reach for `gfn` now, and whether it may write to them.
+    pub(crate) fn allowed(&self, space: AddressSpace, gfn: u64) -> impl Iterator<Item = (Pfn, bool)> {
+        self.at(space, gfn).filter_map(move |s| {
             let page = s.backing.page(gfn - s.gfn).filter(|page| page.refuses.is_none())?;
             Some((page.pfn, page.writable && !s.read_only))
         })
@@ -197,13 +200,20 @@ impl World {
     }
 
     /// Whether a backing may say `why` of `gfn` now instead of naming a frame.
-    pub(crate) fn may_refuse(&self, gfn: u64, why: ResolveError) -> bool {
+    pub(crate) fn may_refuse(&self, space: AddressSpace, gfn: u64, why: ResolveError) -> bool {
         let page = |slot: &Slot| slot.backing.page(gfn - slot.gfn);
-        if self.at(gfn).any(|slot| page(slot).is_some_and(|page| page.refuses == Some(why))) {
+        if self.at(space, gfn).any(|slot| page(slot).is_some_and(|page| page.refuses == Some(why))) {
             return true;
         }
-        let absent = self.at(gfn).any(|slot| page(slot).is_none_or(|page| page.absent));
+        let absent = self.at(space, gfn).any(|slot| page(slot).is_none_or(|page| page.absent));
         why == ResolveError::Unbacked && absent && !self.is_open(gfn)
+    }
+
+    /// Some slot of `space`.
+    pub(crate) fn some_slot(&self, space: AddressSpace, random: &mut Random) -> Option<&Slot> {
+        let of = || self.slots.iter().filter(|slot| slot.id.space() == space);
+        let count = of().count() as u64;
+        (count != 0).then(|| of().nth(random.below(count) as usize))?
     }
 
     /// Whether a slot, or what takes its place, is where it was when `slot` was looked up, and nowhere else.
@@ -212,9 +222,9 @@ impl World {
         places.peek().is_some() && places.all(|s| s.gfn == slot.gfn)
     }
 
-    /// The slots that hold `gfn`, settled or not.
-    pub(crate) fn at(&self, gfn: u64) -> impl Iterator<Item = &Slot> {
-        self.slots.iter().filter(move |s| s.gfn <= gfn && gfn < s.gfn + s.pages)
+    /// The slots of `space` that hold `gfn`, settled or not.
+    pub(crate) fn at(&self, space: AddressSpace, gfn: u64) -> impl Iterator<Item = &Slot> {
+        self.slots.iter().filter(move |s| s.id.space() == space && s.gfn <= gfn && gfn < s.gfn + s.pages)
     }
 
     /// `count` consecutive frames, aligned to `count`: the ones given back last first, so that frames are reused soon.

@@ -77,6 +77,7 @@ fn show_leaf(visit: &Visit, show: &mut impl FnMut(Mapping)) {
     if let (Entry::Leaf(leaf), Some(size)) = (visit.entry, PageSize::at(visit.level))
         && visit.root_is_valid
     {
-        show(Mapping { gfn: visit.gfn, pfn: leaf.pfn, size, writable: leaf.writable == Writable::Yes });
+        let writable = leaf.writable == Writable::Yes;
+        show(Mapping { space: visit.space, gfn: visit.gfn, pfn: leaf.pfn, size, writable });
     }
 }

@@ -149,6 +149,8 @@ impl<H: Host> Drop for Inner<H> {
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 #[non_exhaustive]
 pub struct Mapping {
+    /// The address space.
+    pub space: AddressSpace,
     /// The first guest frame.
     pub gfn: Gfn,
     /// The first host frame.
@@ -267,7 +269,7 @@ impl<H: Host> Vm<H> {
                 && visit.root_is_valid
             {
                 let writable = leaf.writable == Writable::Yes;
-                show(Mapping { gfn: visit.gfn, pfn: leaf.pfn, size, writable });
+                show(Mapping { space: visit.space, gfn: visit.gfn, pfn: leaf.pfn, size, writable });
             }
             ControlFlow::Continue(())
         });
