@@ -4,7 +4,7 @@
 //! Movers copy what pages hold, so tables stay tables. Invariants: whatever else a fetch comes to while memory goes and
 //! comes, it never reads a frame that was given back; while nothing does, it comes to what the tables say.
 
-use crate::actors::no_answer;
+use crate::faults::no_answer;
 use crate::history::{Accesses, Stage};
 use crate::host::{POISON, SimHost, WORDS};
 use crate::random::Random;

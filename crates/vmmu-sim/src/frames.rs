@@ -4,11 +4,11 @@
 //! poison, or zeroes where nobody ever had it. Of a frame of 1 GiB only a few pages are marked. Invariant: a frame that
 //! is given out was not written to since it was taken back.
 
-use crate::actors::is_wide;
 use crate::fetch;
 use crate::history::Stage;
 use crate::host::POISON;
 use crate::oracle;
+use crate::places::is_wide;
 use crate::random::Random;
 use crate::story::Violation;
 use crate::world::Page;

@@ -3,7 +3,6 @@
 //! A step is one guest access or one operation begun. Rates differ by seed. Invariants: every choice comes from
 //! the seed, so a history repeats; at rest, every few hundred steps and at the end, everything is checked whole.
 
-use crate::actors;
 use crate::audits;
 use crate::case::Case;
 use crate::coverage::Coverage;
@@ -12,9 +11,11 @@ use crate::kicks::{self, Kicks};
 use crate::movers;
 use crate::random::Random;
 use crate::rates::Rates;
+use crate::slots;
 use crate::software;
 use crate::story::{Story, Violation};
 use crate::tasks::{Baton, Tasks};
+use crate::vcpus;
 use crate::world::{SharedWorld, World};
 use std::cell::{Cell, RefCell};
 use std::mem::ManuallyDrop;
@@ -355,13 +356,13 @@ fn perform(stage: &Rc<Stage>, random: &mut Random) {
     };
     stage.baton.set_contenders(stage.rates.vcpus);
     for number in 0..stage.rates.vcpus as u64 {
-        spawn(actors::vcpu, number);
+        spawn(vcpus::vcpu, number);
     }
     for number in 0..stage.rates.movers {
         spawn(movers::mover, 200 + number);
     }
-    spawn(actors::slots, 102);
-    spawn(actors::zapper, 103);
+    spawn(slots::slots, 102);
+    spawn(slots::zapper, 103);
     spawn(kicks::kicker, 104);
     for number in 0..stage.rates.readers {
         spawn(software::reader, 300 + number);

@@ -11,7 +11,9 @@
 //! | `case` | a history as a line names it; shrinking |
 //! | `scenario` | scenes that bring few rules together often |
 //! | `history` | one seed's run: rates, tasks, rests |
-//! | `actors`, `movers` | who acts |
+//! | `vcpus`, `slots`, `movers` | who acts |
+//! | `places` | where |
+//! | `faults` | the library's answers to guests' faults |
 //! | `kicks` | who kicks vCPUs |
 //! | `software` | reads and writes by software |
 //! | `fetch` | instructions by the guest's own tables |
@@ -27,10 +29,10 @@
 //!
 //! The library knows nothing of the machine, and the machine nothing of the library; this crate alone knows both.
 
-mod actors;
 mod audits;
 mod case;
 mod coverage;
+mod faults;
 mod fetch;
 mod frames;
 mod history;
@@ -38,12 +40,15 @@ mod host;
 mod kicks;
 mod movers;
 mod oracle;
+mod places;
 mod random;
 mod rates;
 mod scenario;
+mod slots;
 mod software;
 mod story;
 mod tasks;
+mod vcpus;
 mod world;
 
 pub use case::{Case, Part};

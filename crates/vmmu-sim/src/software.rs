@@ -3,9 +3,10 @@
 //! Invariants: what is read comes from a frame that the VM has, whatever comes and goes meanwhile; while nothing does,
 //! it is what stands at that place, and what is written stands there afterwards.
 
-use crate::actors::{no_answer, some_gfn};
+use crate::faults::no_answer;
 use crate::history::{Accesses, Stage};
 use crate::host::{POISON, SimHost, WORDS};
+use crate::places::some_gfn;
 use crate::random::Random;
 use crate::story::Violation;
 use vmmu::{AddressSpace, Error, Gpa, PageSize, Reader, Vcpu};
