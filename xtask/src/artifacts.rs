@@ -90,8 +90,13 @@ fn cargo_build(name: &str, words: &[&str], flags: &[String]) -> Result<PathBuf> 
 
 /// The last program that cargo's messages name.
 fn executable(messages: &str) -> Option<PathBuf> {
-    let mut messages = messages.lines().rev().filter_map(|line| serde_json::from_str::<Value>(line).ok());
-    messages.find_map(|message| Some(PathBuf::from(message["executable"].as_str()?)))
+    executables(messages).pop()
+}
+
+/// The programs that cargo's messages name.
+fn executables(messages: &str) -> Vec<PathBuf> {
+    let messages = messages.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
+    messages.filter_map(|message| Some(PathBuf::from(message["executable"].as_str()?))).collect()
 }
 
 /// The payload: a multiboot ELF64.
@@ -141,6 +146,18 @@ pub(crate) fn simulator() -> Result<PathBuf> {
     program("vmmu-cli", "vmmu")
 }
 
+/// The library's test programs, with rules that `VMMU_MUTANT` breaks.
+pub(crate) fn library_tests() -> Result<Vec<PathBuf>> {
+    let mut command = Command::new("cargo");
+    command.args(["test", "--no-run", "--quiet", "--message-format=json-render-diagnostics", "--locked"]);
+    command.args(["--package", "vmmu", "--features", "instrument,mutants", "--lib", "--tests"]);
+    command.current_dir(folders::root()).stdin(Stdio::null()).stderr(Stdio::inherit());
+    let _progress = Progress::start("building the library's tests", None);
+    let output = command.output().context("cannot run cargo")?;
+    anyhow::ensure!(output.status.success(), "the library's tests do not build ({})", output.status);
+    Ok(executables(&String::from_utf8_lossy(&output.stdout)))
+}
+
 /// A program of the workspace, for the host and optimised.
 fn program(package: &str, name: &str) -> Result<PathBuf> {
     let mut command = Command::new("cargo");
@@ -184,5 +201,7 @@ mod tests {
                         {\"reason\":\"compiler-artifact\",\"executable\":\"/t/a b\"}\n{\"reason\":\"build-finished\"}\n";
         assert_eq!(executable(messages), Some("/t/a b".into()));
         assert_eq!(executable(""), None);
+        let two = "{\"executable\":\"/a\"}\n{\"executable\":\"/b\"}\n";
+        assert_eq!(executables(two), [PathBuf::from("/a"), "/b".into()]);
     }
 }

@@ -9,9 +9,9 @@ use crate::host::{folders, run};
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use clap::Args;
 use console::style;
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus, Stdio};
 use std::sync::Mutex;
 use std::thread;
@@ -74,41 +74,86 @@ fn parse(text: &str) -> Result<Vec<Row>> {
     .collect()
 }
 
+/// How a process has to end.
+#[derive(Clone, PartialEq, Eq, Debug)]
+enum Wanted {
+    /// Nothing is wrong.
+    Passes,
+    /// The simulation comes to a violation.
+    Violates,
+    /// The test of this name fails.
+    Fails(String),
+}
+
+impl Wanted {
+    /// Whether a process that ended so, having said this, ended as it should. One without a status crashed, as a broken
+    /// rule may well have it do; a line that was not understood, or a program that failed otherwise, noticed nothing.
+    fn is_met(&self, status: ExitStatus, said: &str) -> bool {
+        match self {
+            Self::Passes => status.success(),
+            Self::Violates => match status.code() {
+                Some(code) => code == 1 && said.lines().any(|line| line.starts_with("replay: ")),
+                None => true,
+            },
+            Self::Fails(test) => match status.code() {
+                Some(code) => {
+                    code == 101 && said.lines().any(|line| line == format!("test {test} ... FAILED"))
+                }
+                None => true,
+            },
+        }
+    }
+}
+
 /// One process that has to end as it should.
 struct Job {
     what: String,
-    /// Whether it has to fail.
-    notices: bool,
+    wanted: Wanted,
     command: Command,
 }
 
 impl Job {
-    /// Says whether it ended as it should.
+    /// Says whether it ended as it should, in time.
     fn run(&mut self, limit: Duration) -> Result<bool> {
-        self.command.stdout(Stdio::null()).stderr(Stdio::null());
-        let status = run::status_within(&mut self.command, limit)?;
-        // What does not end has not failed; a line that was not understood has not begun. Without a status it crashed,
-        // as a broken rule may well have it do.
-        let noticed = |status: ExitStatus| status.code().is_none_or(|code| code == 1 || code == 101);
-        Ok(status.is_some_and(|status| if self.notices { noticed(status) } else { status.success() }))
+        self.command.stderr(Stdio::null());
+        let ended = run::output_within(&mut self.command, limit)?;
+        Ok(ended.is_some_and(|(status, said)| self.wanted.is_met(status, &said)))
     }
 }
 
-/// The library's tests, with mutants that `VMMU_MUTANT` chooses.
-fn library_tests() -> Command {
-    let mut cargo = Command::new("cargo");
-    cargo.args([
-        "test",
-        "--package",
-        "vmmu",
-        "--features",
-        "instrument,mutants",
-        "--locked",
-        "--lib",
-        "--tests",
-    ]);
-    cargo.current_dir(folders::root());
-    cargo
+/// A test of the library by its whole name: nothing else runs.
+fn test_command(program: &Path, test: &str) -> Command {
+    let mut command = run::mortal(program);
+    // Where cargo runs tests: theirs is the package's folder.
+    command.args(["--exact", test]).current_dir(folders::root().join("crates/vmmu"));
+    command
+}
+
+/// The program of each test that rows name: the only one that has it.
+fn programs_of(rows: &[&Row]) -> Result<BTreeMap<String, PathBuf>> {
+    let mut wanted = BTreeSet::new();
+    for witness in rows.iter().flat_map(|row| &row.witnesses) {
+        if let Witness::Test(test) = witness {
+            wanted.insert(test.clone());
+        }
+    }
+    let mut found = BTreeMap::new();
+    if wanted.is_empty() {
+        return Ok(found);
+    }
+    for program in artifacts::library_tests()? {
+        let said = run::output(Command::new(&program).args(["--list", "--format", "terse"]))?;
+        for test in said.lines().filter_map(|line| line.strip_suffix(": test")) {
+            if wanted.contains(test) {
+                let twice = found.insert(test.to_owned(), program.clone()).is_some();
+                ensure!(!twice, "two tests are named {test}");
+            }
+        }
+    }
+    for test in wanted {
+        ensure!(found.contains_key(&test), "no test is named {test}");
+    }
+    Ok(found)
 }
 
 /// Runs the command and returns xtask's exit status.
@@ -129,9 +174,9 @@ pub(crate) fn command(options: &Mutants) -> Result<u8> {
     let rows: Vec<&Row> = rows.iter().filter(wanted).collect();
     ensure!(!rows.is_empty(), "no mutant has such a name");
     rows.iter().try_for_each(|row| models_catch(row))?;
-    tests_pass(&rows)?;
+    let programs = programs_of(&rows)?;
     let limit = Duration::from_secs(options.limit);
-    let jobs = jobs(&program, &rows, options.seeds);
+    let jobs = jobs(&program, &programs, &rows, options.seeds);
     let (count, jobs) = (jobs.len(), Mutex::new(jobs.into_iter()));
     let outcomes = Mutex::new((Vec::new(), Ok(())));
     thread::scope(|scope| {
@@ -167,27 +212,6 @@ pub(crate) fn command(options: &Mutants) -> Result<u8> {
     Ok(u8::from(failed > 0))
 }
 
-/// Makes sure that the tests that rows name pass without a mutant: one that fails anyway notices nothing.
-fn tests_pass(rows: &[&Row]) -> Result<()> {
-    let mut tests: Vec<&str> = Vec::new();
-    for witness in rows.iter().flat_map(|row| &row.witnesses) {
-        if let Witness::Test(test) = witness {
-            tests.push(test);
-        }
-    }
-    if tests.is_empty() {
-        return Ok(());
-    }
-    let said = run::output(library_tests().arg("--").args(&tests))?;
-    for test in tests {
-        let passed = said
-            .lines()
-            .any(|line| line.starts_with("test ") && line.ends_with("... ok") && line.contains(test));
-        ensure!(passed, "no test {test} passes without a mutant");
-    }
-    Ok(())
-}
-
 /// Makes sure that the rooms of models that a row names catch its mutant: `cargo xtask loom` has them do so.
 fn models_catch(row: &Row) -> Result<()> {
     for witness in &row.witnesses {
@@ -201,10 +225,11 @@ fn models_catch(row: &Row) -> Result<()> {
     Ok(())
 }
 
-/// Every run: each seed of each scenario without a mutant, and each witness of each mutant.
-fn jobs(program: &Path, rows: &[&Row], seeds: u64) -> Vec<Job> {
+/// Every run: each seed of each scenario without a mutant, each test without one, and each
+/// witness of each mutant.
+fn jobs(program: &Path, programs: &BTreeMap<String, PathBuf>, rows: &[&Row], seeds: u64) -> Vec<Job> {
     let simulate = |scenario: &str, seed: u64| {
-        let mut command = Command::new(program);
+        let mut command = run::mortal(program);
         command.args(["sim", "--as-found", "--threads", "1", "--steps", STEPS, "--scenario", scenario]);
         command.args(["--seed", &seed.to_string()]);
         command
@@ -220,13 +245,14 @@ fn jobs(program: &Path, rows: &[&Row], seeds: u64) -> Vec<Job> {
                     jobs.extend((0..seeds).map(|seed| {
                         let mut command = simulate(scenario, seed);
                         command.args(["--mutant", &row.mutant]);
-                        Job { what: what.clone(), notices: true, command }
+                        Job { what: what.clone(), wanted: Wanted::Violates, command }
                     }));
                 }
                 Witness::Test(test) => {
-                    let mut command = library_tests();
-                    command.arg(test).env("VMMU_MUTANT", &row.mutant);
-                    jobs.push(Job { what: format!("{} in {test}", row.mutant), notices: true, command });
+                    let mut command = test_command(&programs[test], test);
+                    command.env("VMMU_MUTANT", &row.mutant);
+                    let what = format!("{} in {test}", row.mutant);
+                    jobs.push(Job { what, wanted: Wanted::Fails(test.clone()), command });
                 }
                 Witness::Loom(_) => {}
             }
@@ -235,9 +261,14 @@ fn jobs(program: &Path, rows: &[&Row], seeds: u64) -> Vec<Job> {
     for scenario in scenarios {
         jobs.extend((0..seeds).map(|seed| Job {
             what: format!("no mutant in {scenario}"),
-            notices: false,
+            wanted: Wanted::Passes,
             command: simulate(scenario, seed),
         }));
+    }
+    // A test that fails anyway notices nothing.
+    for (test, program) in programs {
+        let command = test_command(program, test);
+        jobs.push(Job { what: "no mutant in tests".to_owned(), wanted: Wanted::Passes, command });
     }
     jobs
 }
@@ -245,6 +276,25 @@ fn jobs(program: &Path, rows: &[&Row], seeds: u64) -> Vec<Job> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_ends_otherwise_has_noticed_nothing() {
+        let ended = |line: &str| Command::new("sh").args(["-c", line]).status().expect("a shell");
+        let story = "wrong: x\nreplay: cargo run\n";
+        let (crashed, one, many) = (ended("kill -SEGV $$"), ended("exit 1"), ended("exit 101"));
+        assert!(Wanted::Violates.is_met(one, story) && Wanted::Violates.is_met(crashed, ""));
+        assert!(!Wanted::Violates.is_met(one, "") && !Wanted::Violates.is_met(many, story));
+        assert!(
+            !Wanted::Violates.is_met(ended("exit 2"), story)
+                && !Wanted::Violates.is_met(ended("true"), story)
+        );
+        let fails = Wanted::Fails("a::b".to_owned());
+        assert!(fails.is_met(many, "test a::b ... FAILED\n") && fails.is_met(crashed, ""));
+        assert!(
+            !fails.is_met(many, "test a::b2 ... FAILED\n") && !fails.is_met(one, "test a::b ... FAILED\n")
+        );
+        assert!(Wanted::Passes.is_met(ended("true"), "") && !Wanted::Passes.is_met(crashed, ""));
+    }
 
     #[test]
     fn rows_name_who_notices() {

@@ -78,6 +78,26 @@ impl Features {
     }
 }
 
+/// One of [`Quirks`] that is on, as [`Quirks::named`] gives it.
+#[derive(Clone, Copy, Debug)]
+pub struct Quirk {
+    name: &'static str,
+    section: &'static str,
+    of: fn(&mut Quirks) -> &mut bool,
+}
+
+impl Quirk {
+    /// Its name.
+    pub const fn name(&self) -> &'static str {
+        self.name
+    }
+
+    /// The section that it breaks or exceeds.
+    pub const fn section(&self) -> &'static str {
+        self.section
+    }
+}
+
 /// Declares [`Quirks`] and the table of their names and sections.
 macro_rules! quirks {
     ($($(#[$doc:meta])* $name:ident: $section:literal,)*) => {
@@ -92,20 +112,23 @@ macro_rules! quirks {
             /// The manuals, to the letter.
             pub const NONE: Self = Self { $($name: false,)* };
 
-            /// The quirks that are on: name, and the section that each breaks or exceeds.
-            pub fn named(&self) -> impl Iterator<Item = (&'static str, &'static str)> {
-                [$((self.$name, stringify!($name), $section),)*]
-                    .into_iter()
-                    .filter_map(|(on, name, section)| on.then_some((name, section)))
+            /// The quirks that are on.
+            pub fn named(&self) -> impl Iterator<Item = Quirk> {
+                let all = [$((
+                    self.$name,
+                    Quirk {
+                        name: stringify!($name),
+                        section: $section,
+                        of: |quirks| &mut quirks.$name,
+                    },
+                ),)*];
+                all.into_iter().filter_map(|(on, quirk)| on.then_some(quirk))
             }
 
-            /// The same but for the quirk of this name.
+            /// The same but for this one.
             #[must_use]
-            pub fn without(mut self, name: &str) -> Self {
-                match name {
-                    $(stringify!($name) => self.$name = false,)*
-                    _ => {}
-                }
+            pub fn without(mut self, quirk: Quirk) -> Self {
+                *(quirk.of)(&mut self) = false;
                 self
             }
         }

@@ -110,7 +110,7 @@ pub use addr::{Gpa, Gva, Hpa, PageSize, Pfn};
 pub use cache::{Held, Mapping, Page, PhysicalTag, Table, Tag};
 pub use choose::{Mark, MemoryChanged};
 pub use fault::{EptViolation, NestedPageFault, PageFault};
-pub use features::{Features, Quirks, Vendor};
+pub use features::{Features, Quirk, Quirks, Vendor};
 pub use format::{Entry, Format, Leaf, PdpteError};
 pub use machine::Machine;
 pub use memory::Memory;

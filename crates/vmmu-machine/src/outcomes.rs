@@ -94,8 +94,8 @@ impl Outcomes {
     /// The accessed and dirty flags that an outcome sets, by the first of the ways to it, in the order of the
     /// walk; entries that have theirs are left out. A translation sets them all. A fault sets, in each
     /// stage, those down to an entry of the processor's choice, or none, and the dirty flag of a first stage's
-    /// leaf or not. For the processor that made the
-    /// set, while it has done nothing else.
+    /// leaf or not. Asked of the processor that made the set; empty once it has done anything else, and for an outcome
+    /// that is not of the set.
     pub fn marks(&self, processor: &Processor, outcome: &Outcome) -> Vec<Mark> {
         let Some(end) = self.graph.ends.iter().find(|end| end.outcome == *outcome) else { return Vec::new() };
         if self.changes != processor.changes() {

@@ -156,7 +156,9 @@ fn quirks_change_what_they_name() {
     let qemu = Format::ordinary(&paging, &Features::amd(40), &Quirks::QEMU_7_2).expect("paging is on");
     assert!(!reserved_bits(&qemu, 4, P).contains(&8));
     assert_eq!(Quirks::NONE.named().count(), 0);
-    let fewer = Quirks::QEMU_7_2.without("level4_bit8_ignored");
-    assert_eq!(fewer.named().count() + 1, Quirks::QEMU_7_2.named().count());
-    assert!(fewer.named().all(|(name, _)| name != "level4_bit8_ignored"));
+    for quirk in Quirks::QEMU_7_2.named() {
+        let fewer = Quirks::QEMU_7_2.without(quirk);
+        assert_eq!(fewer.named().count() + 1, Quirks::QEMU_7_2.named().count());
+        assert!(fewer.named().all(|other| other.name() != quirk.name()));
+    }
 }

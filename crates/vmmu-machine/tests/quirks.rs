@@ -4,8 +4,8 @@ mod common;
 use common::*;
 use vmmu_machine::registers::{CR0_PG, CR0_WP, CR4_PAE, CR4_PKE, CR4_SMAP, EFER_NXE};
 use vmmu_machine::{
-    Access, AccessKind, Features, Gva, Hpa, Memory, NestedTables, NptContext, Outcome, Processor, Quirks,
-    Registers, TlbControl,
+    Access, AccessKind, EptContext, Features, Gva, Hpa, Memory, NestedTables, NptContext, Outcome, Processor,
+    Quirks, Registers, TlbControl,
 };
 
 /// A page and its way down from 0x1000, four levels, for linear address 0.
@@ -84,6 +84,26 @@ fn a_key_is_for_user_pages_and_binds_the_supervisor() {
 }
 
 #[test]
+fn a_reserved_bit_is_that_of_a_present_entry_but_by_a_quirk() {
+    // Bit 45 is no address bit of a processor with 40.
+    let memory = chain(P | W | U, 0x9000 | P | W | U | 1 << 45);
+    let registers = Registers::long_mode(0x1000);
+    assert_eq!(code(&host(Quirks::NONE, registers), &memory, READ), Some(9));
+    let quirks = with(|quirks| quirks.reserved_fault_without_present = true);
+    assert_eq!(code(&host(quirks, registers), &memory, READ), Some(8));
+}
+
+#[test]
+fn bit_8_of_the_fourth_level_is_reserved_but_by_a_quirk() {
+    let memory = chain(P | W | U, 0x9000 | P | W | U);
+    memory.write64(Hpa::new(CHAIN[0]), CHAIN[1] | P | W | U | 1 << 8);
+    let registers = Registers::long_mode(0x1000);
+    assert_eq!(code(&host(Quirks::NONE, registers), &memory, READ), Some(9));
+    let quirks = with(|quirks| quirks.level4_bit8_ignored = true);
+    assert_eq!(code(&host(quirks, registers), &memory, READ), None);
+}
+
+#[test]
 fn a_misaligned_large_page_is_marked_by_a_quirk_alone() {
     let marks = |quirks| {
         let memory = chain(P | W | U, 0);
@@ -155,4 +175,27 @@ fn a_nested_fetch_is_told_whatever_the_host_has_enabled() {
     assert_eq!(info(Quirks::NONE, false), 0x1_0000_0014);
     assert_eq!(info(quirks, true), 0x1_0000_0014);
     assert_eq!(info(quirks, false), 0x1_0000_0004);
+}
+
+#[test]
+fn bit_12_of_a_large_ept_leaf_is_reserved_but_by_a_quirk() {
+    // Readable, writable, executable; a page is of write-back memory.
+    const RWX: u64 = 7;
+    const WRITE_BACK: u64 = 6 << 3;
+    let memory = Memory::new();
+    for (at, next) in CHAIN.into_iter().take(2).zip([0x2000, 0x3000]) {
+        memory.write64(Hpa::new(at), next | RWX);
+    }
+    memory.write64(Hpa::new(CHAIN[2]), 0x40_1000 | RWX | WRITE_BACK | PS);
+    let outcome = |quirks| {
+        let mut processor = Processor::new(Features::intel(40), quirks);
+        let eptp = Some(CHAIN[0] | 0x1e);
+        processor
+            .enter(EptContext { registers: Registers::OFF, vpid: Some(1), eptp })
+            .expect("a valid guest");
+        only(&processor, &memory, 0x1008, READ)
+    };
+    assert!(matches!(outcome(Quirks::NONE), Outcome::EptMisconfiguration(_)), "{}", outcome(Quirks::NONE));
+    let quirks = with(|quirks| quirks.ept_2m_bit12_ignored = true);
+    assert!(matches!(outcome(quirks), Outcome::Translated(_)), "{}", outcome(quirks));
 }

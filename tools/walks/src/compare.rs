@@ -73,13 +73,13 @@ pub(crate) fn judge(
         return Ok(Verdict::Disagreed(answer));
     }
     let mut needed = known;
-    for (name, _) in known.named() {
-        let fewer = needed.without(name);
+    for quirk in known.named() {
+        let fewer = needed.without(quirk);
         if explains(fewer)? {
             needed = fewer;
         }
     }
-    Ok(Verdict::Excused(needed.named().map(|quirk| quirk.0).collect()))
+    Ok(Verdict::Excused(needed.named().map(|quirk| quirk.name()).collect()))
 }
 
 /// The walker that a walk was made by, as the documents name it.

@@ -111,7 +111,7 @@ fn compare(line: &Line) -> Result<bool, Box<dyn Error>> {
 
 fn summary(run: &run::Run, tallies: &BTreeMap<&str, Tally>, known: Quirks) -> Value {
     let quirks: Map<String, Value> =
-        known.named().map(|(name, section)| (name.to_owned(), section.into())).collect();
+        known.named().map(|quirk| (quirk.name().to_owned(), quirk.section().into())).collect();
     let walkers: Map<String, Value> = tallies
         .iter()
         .map(|(&name, tally)| {

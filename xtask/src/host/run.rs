@@ -1,8 +1,9 @@
 //! Running other programs: to their end, with what they said in the error when they fail.
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
+use std::io::Read;
 use std::path::{Path, PathBuf};
-use std::process::{Command, ExitStatus, Stdio};
+use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
 /// Lines of a failed program's output that go into the error.
@@ -61,11 +62,33 @@ pub(crate) fn status(command: &mut Command) -> Result<()> {
 pub(crate) fn status_within(command: &mut Command, limit: Duration) -> Result<Option<ExitStatus>> {
     let started = Instant::now();
     let mut child = command.spawn().with_context(|| format!("cannot run {}", describe(command)))?;
+    ends_within(&mut child, started + limit)
+}
+
+/// The same with what it wrote to its standard output.
+pub(crate) fn output_within(command: &mut Command, limit: Duration) -> Result<Option<(ExitStatus, String)>> {
+    let started = Instant::now();
+    command.stdin(Stdio::null()).stdout(Stdio::piped());
+    let mut child = command.spawn().with_context(|| format!("cannot run {}", describe(command)))?;
+    let mut said = child.stdout.take().context("a child without output")?;
+    std::thread::scope(|scope| {
+        let reader = scope.spawn(move || {
+            let mut bytes = Vec::new();
+            said.read_to_end(&mut bytes).map(|_| bytes)
+        });
+        let status = ends_within(&mut child, started + limit)?;
+        let bytes = reader.join().map_err(|_| anyhow!("a thread that reads panicked"))??;
+        Ok(status.map(|status| (status, String::from_utf8_lossy(&bytes).into_owned())))
+    })
+}
+
+/// Waits for a child to end until `then`; `None` if it had to be killed.
+fn ends_within(child: &mut Child, then: Instant) -> Result<Option<ExitStatus>> {
     loop {
         if let Some(status) = child.try_wait()? {
             return Ok(Some(status));
         }
-        if started.elapsed() >= limit {
+        if Instant::now() >= then {
             child.kill()?;
             child.wait()?;
             return Ok(None);
@@ -109,6 +132,12 @@ mod tests {
         assert_eq!(status_within(sleep.arg("60"), Duration::from_millis(30)).unwrap(), None);
         let ended = status_within(&mut Command::new("false"), Duration::from_mins(1)).unwrap();
         assert_eq!(ended.and_then(|status| status.code()), Some(1));
+        let mut sleep = Command::new("sleep");
+        assert_eq!(output_within(sleep.arg("60"), Duration::from_millis(30)).unwrap(), None);
+        // More than a pipe holds.
+        let mut long = Command::new("seq");
+        let (status, said) = output_within(long.arg("100000"), Duration::from_mins(1)).unwrap().unwrap();
+        assert!(status.success() && said.ends_with("\n100000\n"));
     }
 
     #[test]

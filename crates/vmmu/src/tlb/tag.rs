@@ -185,6 +185,12 @@ impl PhysCpu {
         if choice.guest_physical {
             self.root_notes[Self::root_place(root)] = (root.number(), generation);
         }
+        self.note(root, choice, generation)
+    }
+
+    /// What the vCPU of that entry may note once it has run.
+    #[inline(always)]
+    pub(crate) fn note(&self, root: Identity, choice: Choice, generation: u64) -> Note {
         Note { era: self.era, root, generation, tag: choice.tag }
     }
 }

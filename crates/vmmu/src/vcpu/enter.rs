@@ -85,7 +85,7 @@ impl<H: Host> Vcpu<H> {
         let (root, identity) = (root.page, root.identity);
         let choice = cpu.choose(identity, self.note, generation);
         if mutant(NoteAtEnter) {
-            self.note = Some(cpu.ran(identity, choice, generation));
+            self.note = Some(cpu.note(identity, choice, generation));
         }
         self.entered = true;
         order::entered(&self.mark);
