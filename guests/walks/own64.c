@@ -220,8 +220,8 @@ void perform(const struct run *run, const struct walk *w, struct result *result)
 	trip.cr0 = CR0_PG | CR0_PE | (w->wp ? CR0_WP : 0) | (trip.home_cr0 & 0x30);
 	trip.cr3 = w->root;
 	u32 levels = run->mode & 15;
-	trip.cr4 = (levels > 2 ? CR4_PAE : 0) | (levels < 4 && w->pse ? CR4_PSE : 0) | (w->smep ? CR4_SMEP : 0) | (w->smap ? CR4_SMAP : 0) | (w->pke ? CR4_PKE : 0)
-		| (levels == 5 ? CR4_LA57 : 0);
+	trip.cr4 = (levels > 2 ? CR4_PAE : 0) | (levels < 4 && w->pse ? CR4_PSE : 0) | (levels == 5 ? CR4_LA57 : 0)
+		| (w->smep ? CR4_SMEP : 0) | (w->smap ? CR4_SMAP : 0) | (w->pke ? CR4_PKE : 0);
 	trip.efer = trip.home_efer | (w->nxe ? EFER_NXE : 0);
 	if (run->has & HAS_PKU)
 		asm volatile("wrpkru" : : "a"(w->pkru), "c"(0), "d"(0) : "memory");

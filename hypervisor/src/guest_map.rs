@@ -2,7 +2,8 @@
 //!
 //! The guest has RAM only at addresses where the machine has RAM, so no device of the machine is ever hidden
 //! by it. Firmware's ranges are the machine's, shown as they are: the guest finds the same tables at the same
-//! addresses. A device that the hypervisor keeps for itself is not there: its page reads as zeros. Which frames stand behind the guest's RAM is decided elsewhere ([`crate::layout`]).
+//! addresses. A device that the hypervisor keeps for itself is not there: its page reads as zeros. Which frames stand
+//! behind the guest's RAM is decided elsewhere ([`crate::layout`]).
 
 use crate::memory_map::{Entry, Kind, MemoryMap, subtract};
 use alloc::vec::Vec;

@@ -2,7 +2,8 @@
 //! moves next.
 //!
 //! A *unit* is what moves at once: a whole 2 MiB block, or a page of a block that is not whole. Each unit is drawn
-//! as often as another, so each page moves at the same rate, whichever unit it is part of. Invariants: a frame
+//! as often as another, so each page is drawn at the same rate, whichever unit it is part of; of a whole block that is
+//! drawn the mover may move one page alone, and the block is whole no more. Invariants: a frame
 //! stands behind one page, or waits in the [`Reserve`], or is with whoever moves it; a whole block is naturally
 //! aligned on both sides. Nothing here copies, or knows who uses what: the order in which a frame may change is
 //! the mover's to keep.

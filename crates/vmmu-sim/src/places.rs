@@ -1,6 +1,7 @@
 //! Where slots are made, and where vCPUs go.
 //!
-//! Few places, so that those who act meet; far apart, so that tables come and go. Invariant: every choice is the seed's.
+//! Few places, so that those who act meet; far apart, so that tables come and go. Invariant: every choice is the
+//! seed's.
 
 use crate::history::Stage;
 use crate::random::Random;
@@ -18,8 +19,8 @@ pub(crate) const GIANT: u64 = PageSize::Size1G.pages();
 const FAR: u64 = 120;
 /// A frame that no processor of the simulation can name.
 const BEYOND: u64 = 1 << 34;
-/// Pages from a place on that vCPUs use: now and then as many as these, which reach beyond any slot; mostly, where vCPUs
-/// are spread, and where they meet.
+/// Pages from a place on that vCPUs use: now and then as many as these, which reach beyond any slot; mostly, where
+/// vCPUs are spread, and where they meet.
 const EVEN: u64 = 520;
 const FEW: u64 = 6;
 const MEETING: u64 = 2;

@@ -1,7 +1,7 @@
 //! Who changes slots, and who drops everything.
 //!
-//! Each is one task: a loop of operations with a boundary between them. Invariant: the model is told of a change exactly
-//! when the library's contract lets it count (see [`crate::world`]).
+//! Each is one task: a loop of operations with a boundary between them. Invariant: the model is told of a change
+//! exactly when the library's contract lets it count (see [`crate::world`]).
 
 use crate::frames;
 use crate::history::Stage;

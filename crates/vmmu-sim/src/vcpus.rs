@@ -1,8 +1,8 @@
 //! Virtual processors: each enters, accesses memory on the model of a processor, takes its faults, and reads and writes
 //! by software.
 //!
-//! Invariants: every translation that a processor could use for an access is judged before it; a vCPU is on one processor
-//! at a time, and leaves the guest once it is kicked.
+//! Invariants: every translation that a processor could use for an access is judged before it; a vCPU is on one
+//! processor at a time, and leaves the guest once it is kicked.
 
 use crate::faults::{Retries, handle, no_tables};
 use crate::fetch;

@@ -148,7 +148,8 @@ pub(crate) struct World {
     pub(crate) slots: Vec<Slot>,
     /// Changes of slots so far: for whoever wants to know that nothing changed meanwhile.
     pub(crate) changes: u64,
-    /// What is taken away just now, in every address space: no answer about it, of whatever kind, is given while it stands here.
+    /// What is taken away just now, in every address space: no answer about it, of whatever kind, is given while it
+    /// stands here.
     pub(crate) open: Vec<GfnRange>,
     /// Changes of `open`, and of what is absent.
     pub(crate) openings: u64,

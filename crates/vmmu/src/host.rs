@@ -106,8 +106,9 @@ impl Resolved {
 pub unsafe trait Backing: Send + Sync {
     /// The frame behind the slot's page number `page`, counted in 4 KiB from the slot's start.
     ///
-    /// Where it may wait, it may call the VM, also to invalidate other pages; where not, it must not. Where it may wait, it is called with no lock of the library held and nothing
-    /// announced; where it may not, inside a section, and by the audit under the library's locks.
+    /// Where it may wait, it may call the VM, also to invalidate other pages; where not, it must not. Where it may
+    /// wait, it is called with no lock of the library held and nothing announced; where it may not, inside a section,
+    /// and by the audit under the library's locks.
     fn resolve(&self, page: u64, request: ResolveRequest) -> Result<Resolved, ResolveError>;
 }
 

@@ -23,10 +23,12 @@ const MESSAGE: u64 = 0x10;
 const WIDE_COUNTER: u64 = 1 << 13;
 /// The longest period that the specification allows, in femtoseconds.
 const LONGEST_PERIOD: u64 = 100_000_000;
-/// CONFIGURATION: everything runs.
+/// CONFIGURATION: everything runs; the first two comparators take the place of the interval timer and the clock.
 const ENABLE: u64 = 1 << 0;
-/// A timer's configuration: interrupt, repeat, the next comparator write sets the value and not the period, compare
-/// 32 bits, send messages.
+const LEGACY_ROUTES: u64 = 1 << 1;
+/// A timer's configuration: interrupts are levels and not edges, interrupt, repeat, the next comparator write sets the
+/// value and not the period, compare 32 bits, send messages.
+const LEVEL: u64 = 1 << 1;
 const INTERRUPT: u64 = 1 << 2;
 const PERIODIC: u64 = 1 << 3;
 const SET_VALUE: u64 = 1 << 6;
@@ -94,18 +96,21 @@ impl Hpet {
             timer.load(at) & can == can
         });
         let at = fit.ok_or(NoAlarm::NoMessages)?;
-        timer.store(CONFIGURATION, 0);
+        // What firmware may have begun ends; bits that the specification reserves stay as they are.
+        timer.change(CONFIGURATION, ENABLE | LEGACY_ROUTES, 0);
+        for other in (0..comparators).map(|number| TIMERS + number * TIMER) {
+            timer.change(other, INTERRUPT, 0);
+        }
         timer.store(COUNTER, 0);
         timer.store(COUNTER + 4, 0);
-        timer.store(at, 0);
         timer.store(at + MESSAGE, NMI);
         timer.store(at + MESSAGE + 4, TO_EVERY_PROCESSOR);
-        timer.store(at, INTERRUPT | PERIODIC | SET_VALUE | NARROW | MESSAGES);
+        timer.change(at, LEVEL, INTERRUPT | PERIODIC | SET_VALUE | NARROW | MESSAGES);
         let ticks = (u64::from(micros) * (SECOND / 1_000_000) / timer.period).clamp(1, u64::from(u32::MAX));
         // The first value of the comparator, then what is added to it each time.
         timer.store(at + COMPARATOR, ticks);
         timer.store(at + COMPARATOR, ticks);
-        timer.store(CONFIGURATION, ENABLE);
+        timer.change(CONFIGURATION, 0, ENABLE);
         Ok(timer)
     }
 
@@ -122,6 +127,11 @@ impl Hpet {
     fn load(&self, register: u64) -> u64 {
         // SAFETY: `start`'s caller gave the registers; reading one has no effect.
         unsafe { device::load(self.base + register, 8) }
+    }
+
+    /// Clears and sets bits of the low half of a register.
+    fn change(&self, register: u64, clear: u64, set: u64) {
+        self.store(register, self.load(register) & 0xFFFF_FFFF & !clear | set);
     }
 
     /// Writes the low half of a register.

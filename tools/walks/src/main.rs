@@ -33,6 +33,18 @@ const STORIES: u64 = 5;
 struct Line {
     /// What the emulator wrote to port 0xE9
     file: PathBuf,
+    /// The mode that was walked
+    #[arg(long, value_name = "NUMBER")]
+    mode: u32,
+    /// What the walks were drawn from
+    #[arg(long, value_name = "S")]
+    seed: u64,
+    /// The first walk
+    #[arg(long, value_name = "I")]
+    first: u64,
+    /// How many there were
+    #[arg(long, value_name = "N")]
+    count: u64,
     /// Whose known departures from the manuals are excused
     #[arg(long, value_enum, default_value = "none")]
     quirks: Known,
@@ -77,6 +89,12 @@ fn compare(line: &Line) -> Result<bool, Box<dyn Error>> {
     let bytes = std::fs::read(&line.file)?;
     let mut report = Report::find(&bytes)?;
     let run = report.run;
+    // A payload that took its line for another one has shown nothing; one whose processor lacks the mode says 0.
+    let made = (run.mode.0, run.seed, run.first);
+    let asked = (line.mode, line.seed, line.first);
+    if made != asked || run.count != 0 && run.count != line.count {
+        return Err(format!("the report is of other walks than were asked for: {run:?}").into());
+    }
     let model = Model::new();
     let known = line.quirks.quirks();
     let mut tallies: BTreeMap<&str, Tally> = BTreeMap::new();

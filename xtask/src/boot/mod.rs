@@ -88,7 +88,9 @@ pub(crate) fn run(options: &Options, console: impl Write) -> Result<Report> {
     };
     let folder = folders::fresh_run()?;
     let (guest, modules) = prepare_guest(options, consent, &folder)?;
-    std::os::unix::fs::symlink(&image, folder.join(command::IMAGE))?;
+    // A copy: while this runs, another image may be built in its place.
+    fs::copy(&image, folder.join(command::IMAGE))
+        .with_context(|| format!("cannot read {}", image.display()))?;
     let machine = Machine {
         cpu: options.cpu_model(),
         memory_mib: machine_memory_mib(options.memory, &folder)?,
@@ -150,6 +152,10 @@ fn judge(stop: Stop, options: &Options, record: Option<&Record>, cause: Option<&
     };
     match record.and_then(Record::outcome) {
         Some(Outcome::Value(value)) if options.expect.is_some() => Outcome::NotSeen(value),
+        Some(Outcome::Value(0)) => match record.and_then(Churn::of).filter(|churn| !churn.kept_its_rate()) {
+            Some(churn) => Outcome::Slow(churn.reached, churn.wanted),
+            None => Outcome::Value(0),
+        },
         Some(outcome) => outcome,
         None => {
             let why = match cause {
@@ -284,6 +290,18 @@ mod tests {
         assert!(matches!(judge(ended(), &plain, None, None, ""), Outcome::Emulator(_)));
         assert_eq!(judge(Stop::TimeUp, &plain, Some(&zero), None, ""), Outcome::Timeout(plain.timeout));
         assert_eq!(judge(Stop::Interrupted, &plain, None, None, ""), Outcome::Interrupted);
+    }
+
+    #[test]
+    fn a_rate_that_was_not_kept_is_a_failure() {
+        let churn = |reached| {
+            let churn = json!({ "wanted": 1000, "reached": reached, "moves": 1, "pages": 1, "blocks": 0,
+                                "broken_up": 0, "mistakes": 0 });
+            Record::new(json!({ "end": "value", "value": 0, "churn": churn }))
+        };
+        let plain = options(&[]);
+        assert_eq!(judge(ended(), &plain, Some(&churn(899)), None, ""), Outcome::Slow(899, 1000));
+        assert_eq!(judge(ended(), &plain, Some(&churn(900)), None, ""), Outcome::Value(0));
     }
 
     #[test]

@@ -48,7 +48,8 @@ pub(crate) struct Options {
     /// What the scattered layout and the seeded file are drawn from
     #[arg(long, value_name = "N", default_value_t = 1)]
     pub(crate) seed: u64,
-    /// Move N random pages of the guest to other frames every second, and report the rate that was reached
+    /// Move N random pages of the guest to other frames every second, and report the rate that was reached; less than
+    /// nine tenths of it is a failure
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     pub(crate) churn: Option<u32>,
     /// Move them wrongly, so that the guest's memory goes to ruin

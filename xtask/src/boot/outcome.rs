@@ -28,6 +28,9 @@ pub(crate) enum Outcome {
     Emulator(String),
     /// The guest had not ended after this time.
     Timeout(Duration),
+    /// The guest ended well, but pages moved less often than was asked for: moves a second that were reached, and
+    /// wanted.
+    Slow(u64, u64),
     /// The user ended the run.
     Interrupted,
 }
@@ -44,6 +47,7 @@ pub(crate) const STATUS_HELP: &str = "Exit status:
   113   the hypervisor refused the guest or met an error
   114   the emulator ended by itself
   115   the guest ended before its console showed the text of --expect
+  116   the guest ended well, but pages moved at less than nine tenths of the rate of --churn
   124   time was up
   130   interrupted";
 
@@ -59,6 +63,7 @@ impl Outcome {
             Self::Hypervisor(_) => 113,
             Self::Emulator(_) => 114,
             Self::NotSeen(_) => 115,
+            Self::Slow(..) => 116,
             Self::Timeout(_) => 124,
             Self::Interrupted => 130,
         }
@@ -80,6 +85,7 @@ impl Outcome {
             Self::TripleFault => "triple fault",
             Self::Hypervisor(_) => "hypervisor",
             Self::Emulator(_) => "emulator",
+            Self::Slow(..) => "slow",
             Self::Timeout(_) => "timeout",
             Self::Interrupted => "interrupted",
         }
@@ -100,6 +106,9 @@ impl fmt::Display for Outcome {
             Self::TripleFault => write!(f, "failure: triple fault, the guest's processor shut down"),
             Self::Hypervisor(why) => write!(f, "failure: the hypervisor ended the run: {why}"),
             Self::Emulator(why) => write!(f, "failure: the emulator ended by itself: {why}"),
+            Self::Slow(reached, wanted) => {
+                write!(f, "failure: {reached} moves a second were reached, {wanted} were wanted")
+            }
             Self::Timeout(after) => write!(f, "failure: timeout, no end after {}", units::duration(*after)),
             Self::Interrupted => write!(f, "failure: interrupted"),
         }
@@ -123,6 +132,7 @@ mod tests {
             Outcome::TripleFault,
             Outcome::Hypervisor(text()),
             Outcome::Emulator(text()),
+            Outcome::Slow(1, 2),
             Outcome::Timeout(Duration::ZERO),
             Outcome::Interrupted,
         ] {
@@ -148,6 +158,7 @@ mod tests {
             Outcome::Hypervisor(text()),
             Outcome::Emulator(text()),
             Outcome::NotSeen(0),
+            Outcome::Slow(1, 2),
             Outcome::Timeout(Duration::ZERO),
             Outcome::Interrupted,
         ] {

@@ -24,7 +24,10 @@ pub(crate) fn print(report: &Report, options: &Options) {
     for (name, value) in rows {
         screen::say(format_args!("  {}  {value}", style(format!("{name:width$}")).cyan().for_stderr()));
     }
-    if matches!(report.outcome, Outcome::Value(_) | Outcome::NotSeen(_) | Outcome::Seen(_)) {
+    if matches!(
+        report.outcome,
+        Outcome::Value(_) | Outcome::NotSeen(_) | Outcome::Seen(_) | Outcome::Slow(..)
+    ) {
         // The guest has ended as it wanted to: where it stood then is of no interest.
         return;
     }

@@ -82,10 +82,10 @@ pub(crate) fn require(needs: &[Need], consent: Consent) -> Result<()> {
     if consent == Consent::Ask && !ask("Install now? [y/N] ")? {
         bail!("{names} not found");
     }
-    if run::status(&mut administrator(&["apt-get", "update"])?).is_err() {
+    if run::status_aside(&mut administrator(&["apt-get", "update"])?).is_err() {
         screen::warn("apt-get update failed; trying with the lists that are there");
     }
-    run::status(&mut install_command(&missing)?)?;
+    run::status_aside(&mut install_command(&missing)?)?;
     match missing.iter().find(|need| !is_there(need)) {
         Some(need) => bail!("{} is still not there after installing {}", need.what, need.package),
         None => Ok(()),

@@ -2,6 +2,7 @@
 
 use anyhow::{Context, Result, anyhow, bail};
 use std::io::Read;
+use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
@@ -56,6 +57,12 @@ pub(crate) fn status(command: &mut Command) -> Result<()> {
         bail!("{name}: {status}");
     }
     Ok(())
+}
+
+/// Runs `command`, all of its output going to our standard error: ours may be for programs.
+pub(crate) fn status_aside(command: &mut Command) -> Result<()> {
+    let aside = std::io::stderr().as_fd().try_clone_to_owned().context("no standard error")?;
+    status(command.stdout(aside))
 }
 
 /// Runs `command` for at most `limit`; `None` if it had to be killed.

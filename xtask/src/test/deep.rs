@@ -1,6 +1,6 @@
 //! The steps that take long: each of the project's claims at its full figure, and all models.
 
-use super::boots::{boot, churned, good, ruined, sound, words};
+use super::boots::{boot, churned, good, ruined, sound, verifying, words};
 use super::{Log, Step, quick};
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
@@ -94,10 +94,7 @@ pub(crate) fn steps() -> Vec<Step> {
 /// The words that boot Linux with memory that is written and verified while pages move. A kernel that finds itself
 /// damaged ends at once, and so does the first check that fails.
 fn churn(memory: &str, seed: u64, more: &str) -> Vec<String> {
-    let run = "stress-ng --vm 2 --vm-bytes 50% --verify --abort --timeout 40s";
-    let line = format!("--churn 2000 --memory {memory} --seed {seed} --with stress-ng --timeout 300 {more}");
-    let last = ["--append", "oops=panic softlockup_panic=1", "--run", run].map(str::to_owned);
-    [&words(&line)[..], &last].concat()
+    verifying(memory, seed, 40, more)
 }
 
 /// Demands that a line's figure is less than a third of KVM's.

@@ -69,8 +69,7 @@ pub(crate) fn steps() -> Vec<Step> {
     steps.push(Step::new("churn: the timer wakes no guest that halts", boots::halts));
     steps.push(Step::new("churn: a guest that never ends is asked for its record", boots::endless));
     steps.push(Step::new("churn: one invalidation in a hundred skipped, and noticed", |log| {
-        let line = "--churn 2000 --churn-fault skip --memory 256M --timeout 60 --append oops=panic";
-        boots::ruined(log, &boots::words(line))
+        boots::ruined(log, &boots::verifying("256M", 1, 20, "--churn-fault skip"))
     }));
     steps.push(Step::xtask(
         "walks: the model agrees with QEMU's processor, twenty thousand times",

@@ -31,7 +31,7 @@ pub(crate) struct Plan {
     /// As `--mode` takes it.
     pub(crate) mode: &'static str,
     /// As the payload takes it: the levels; those of nested tables in bits 7:4.
-    number: u32,
+    pub(crate) number: u32,
     pub(crate) width: Width,
     /// The emulator's name of the processor.
     pub(crate) cpu: &'static str,
@@ -75,6 +75,14 @@ impl Engine {
         match self {
             Self::Qemu => "qemu",
             Self::Bochs => "bochs",
+        }
+    }
+
+    /// The version that its quirks are listed for.
+    pub(crate) const fn listed(self) -> &'static str {
+        match self {
+            Self::Qemu => "QEMU 7.2",
+            Self::Bochs => "Bochs 2.7",
         }
     }
 

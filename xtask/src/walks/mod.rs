@@ -21,6 +21,7 @@ use anyhow::{Context, Result, bail, ensure};
 use clap::Args;
 use engine::{Emulator, Engine, Plan};
 use serde_json::{Value, json};
+use std::ops::Range;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
@@ -41,7 +42,7 @@ pub(crate) struct Walks {
     #[arg(long, value_name = "MODE")]
     mode: Vec<String>,
     /// Only this walk, with its story; wants a mode
-    #[arg(long, value_name = "I", requires = "mode")]
+    #[arg(long, value_name = "I", requires = "mode", conflicts_with = "count")]
     walk: Option<u64>,
     /// Print one JSON object
     #[arg(long)]
@@ -91,10 +92,20 @@ pub(crate) fn command(options: &Walks) -> Result<u8> {
             );
             emulator.run(plan, &image, &line, &folder, limit)?;
         }
-        let (object, agrees) = compare(&program, options, plan, &folder)?;
+        let (object, agrees) = compare(&program, options, plan, &folder, first..first + count)?;
         ensure!(object["offered"] == true, "{} does not offer {}", plan.cpu, plan.mode);
+        let walkers = object["walkers"].as_object().into_iter().flatten();
+        let walked: u64 = walkers.filter_map(|(_, tally)| tally["walks"].as_u64()).sum();
+        ensure!(walked == count, "{}: {walked} walks instead of {count}", plan.mode);
         bad |= !agrees;
         compared.push(Compared { plan, object, time: started.elapsed() });
+    }
+    if bad {
+        screen::warn(format_args!(
+            "this was {}; {} is what its quirks are listed for (docs/walkers.md)",
+            emulator.version(),
+            options.engine.listed()
+        ));
     }
     if options.json {
         let runs: Vec<Value> = compared.iter().map(Compared::json).collect();
@@ -120,8 +131,20 @@ fn plans(options: &Walks) -> Result<Vec<&'static Plan>> {
 }
 
 /// Compares what the payload reported, and whether there was no disagreement.
-fn compare(program: &Path, options: &Walks, plan: &Plan, folder: &Path) -> Result<(Value, bool)> {
+fn compare(
+    program: &Path,
+    options: &Walks,
+    plan: &Plan,
+    folder: &Path,
+    walks: Range<u64>,
+) -> Result<(Value, bool)> {
     let mut command = Command::new(program);
+    let (mode, count) = (plan.number, walks.end - walks.start);
+    let numbers =
+        [("--mode", mode.into()), ("--seed", options.seed), ("--first", walks.start), ("--count", count)];
+    for (name, number) in numbers {
+        command.arg(name).arg(number.to_string());
+    }
     command.arg(folder.join(engine::REPORT)).args(["--quirks", options.engine.name()]);
     let replay = format!(
         "cargo xtask walks --engine {} --mode {} --seed {} --walk",

@@ -21,9 +21,9 @@
 //! instead. It orders fences more strictly than the language: each hands all that was done before it on to the next.
 //! Of a word it remembers the last seven values. It leaves out schedules in which a thread that reads a word and then
 //! changes it comes before another's read alone. What a mutex of the library guards is not looked at, its exclusion is.
-//! The models have table pages of four entries, and pieces of the slab of four lines ([`crate::sync::places`]); memory of
-//! the guest and counters are not looked at ([`crate::sync::Tally`]); nor are the counts of an `Arc`. Invariant: a mutant
-//! counts as caught only by what its test says it must come to, never by a search that was cut short.
+//! The models have table pages of four entries, and pieces of the slab of four lines ([`crate::sync::places`]); memory
+//! of the guest and counters are not looked at ([`crate::sync::Tally`]); nor are the counts of an `Arc`. Invariant: a
+//! mutant counts as caught only by what its test says it must come to, never by a search that was cut short.
 
 mod entry_shootdown;
 mod freeze;
