@@ -170,6 +170,41 @@ fn a_fault_is_preempted() {
     }
 }
 
+/// T99c, PROTOCOLS 4: a fault that finds its answer in a table rechecks nothing, so grace alone keeps the table what it
+/// was. In the middle of the fault its table gives way to a large page, and every table that may be used by then gets
+/// entries that say "no slot"; none of them answers the fault.
+#[test]
+fn a_removed_table_answers_no_fault() {
+    const TABLES: u64 = 64;
+    everywhere(|at| {
+        let vm = vm(&TestHost::new());
+        let memory = Memory::default();
+        set(&vm, 0, 0, 512, memory.backing());
+        let (mut faulting, mut second) = (vcpu(&vm), vcpu(&vm));
+        assert_eq!(touch(&mut faulting, 1), Outcome::Resume);
+        let second = RefCell::new(&mut second);
+        let then = || {
+            let second = &mut **second.borrow_mut();
+            memory.large.store(true, Relaxed);
+            scope(|s| {
+                let other = start(s, || {
+                    assert_eq!(touch(second, 9), Outcome::Resume);
+                    for table in 1..=TABLES {
+                        let outcome = touch(second, table * 512 + 3);
+                        assert!(matches!(outcome, Outcome::Mmio(_)), "{outcome:?}");
+                    }
+                });
+                other.join();
+            });
+        };
+        let (outcome, reached) = at.run(then, || touch(&mut faulting, 3));
+        assert_eq!(outcome, Outcome::Resume, "memory became a device's, at {at:?}");
+        assert!(memory.is_mapped_truly(&vm), "at {at:?}: {:x?}", mapped(&vm));
+        orderly(&vm);
+        reached
+    });
+}
+
 /// PROTOCOLS 4: the range is open before anything is zapped: no fault in the middle of an invalidation leaves
 /// anything in it.
 #[test]
