@@ -87,7 +87,7 @@ scenarios! {
     /// Few tags, many entries, on processors that change.
     Entries "entries" {
         processors: 2, vcpus: 4, tags: 2, accesses: 3, moves: 4, slot_changes: 1000, zaps: 300, places: 1,
-        slots: 1, lengths: &[4, 6], patient: false, dropped: 4, forgotten: 8,
+        slots: 1, lengths: &[4, 6], patient: false, dropped: 4, forgotten: 8, flush_by_tag: true,
     }
     /// Guests that leave only when they are kicked.
     Patient "patient" {
